@@ -1,0 +1,162 @@
+"""Loading weights into a backbone, or saying clearly why they do not fit.
+
+mmengine loads non-strictly: a checkpoint of another arch leaves a network
+half random with one warning in a long log. Here it is an error.
+"""
+
+import re
+from typing import Any, Dict, List, Mapping
+
+from mmengine.logging import print_log
+from mmengine.runner.checkpoint import CheckpointLoader
+from torch import Tensor, nn
+
+# Tables that are resized to the backbone's own size when they are loaded.
+RESIZED = ('pos_embed', 'relative_position_bias_table')
+# Classification checkpoints hold the norm of the last stage only.
+OUTPUT_NORM = re.compile(r'norm\d+\.')
+PREFIXES = ('', 'backbone.', 'module.backbone.', 'model.backbone.', 'module.',
+            'model.')
+
+
+def check_state_dict(backbone: nn.Module,
+                     state_dict: Mapping[str, Tensor],
+                     prefix: str = '',
+                     max_missing: float = 0.5) -> Dict[str, int]:
+    """Check that weights were made for this backbone.
+
+    Output norms may be missing, as may any part up to ``max_missing``; weights
+    of stages that ``out_indices`` leaves unbuilt may be there.
+
+    Args:
+        backbone (RPBackbone): What the weights are for.
+        state_dict (Mapping): The weights.
+        prefix (str): What stands before the backbone's own names in it.
+        max_missing (float): The largest part of the tensors that may be
+            missing.
+
+    Returns:
+        dict[str, int]: Tensors ``loaded`` and ``missing`` and numbers
+        ``carried`` and ``total``.
+
+    Raises:
+        ValueError: They were not; with the keys, how many, and what to do.
+    """
+    own = backbone.state_dict()
+    built = len(backbone.stages)
+    given = {
+        key[len(prefix):]: value
+        for key, value in state_dict.items()
+        if key.startswith(prefix) and isinstance(value, Tensor)
+    }
+    required = [key for key in own if not OUTPUT_NORM.match(key)]
+    missing = [key for key in required if key not in given]
+    unexpected = [
+        key for key in given
+        if key not in own and key.startswith(('stem.', 'stages.'))
+        and not _in_unbuilt_stage(key, built)
+    ]
+    reshaped = [
+        f'{key} {tuple(given[key].shape)} for {tuple(own[key].shape)}'
+        for key in own if key in given and not _fits(key, given[key], own[key])
+    ]
+    if reshaped or unexpected or len(missing) > max_missing * len(required):
+        raise ValueError(
+            _explain(backbone, prefix, len(own), missing, unexpected,
+                     reshaped))
+    loaded = [key for key in own if key in given]
+    return dict(
+        loaded=len(loaded),
+        missing=len(missing),
+        carried=sum(own[key].numel() for key in loaded),
+        total=sum(tensor.numel() for tensor in own.values()))
+
+
+def load_pretrained(backbone: nn.Module, init_cfg: Mapping[str, Any]) -> None:
+    """Load what ``init_cfg=dict(type='Pretrained', ...)`` names.
+
+    One line in the log says how much was loaded.
+
+    Args:
+        backbone (RPBackbone): What to load into.
+        init_cfg (Mapping): ``checkpoint``, a path or an address that mmengine
+            can read, and optionally ``prefix``, found by itself if left out.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        ValueError: init_cfg has other keys, or the checkpoint does not fit.
+    """
+    options = dict(init_cfg)
+    if options.pop('type', None) != 'Pretrained':
+        raise ValueError("init_cfg of an RPAttention backbone must be "
+                         "dict(type='Pretrained', checkpoint=...) or None: "
+                         'weights are initialised when it is built; got '
+                         f'{dict(init_cfg)}')
+    path = options.pop('checkpoint', None)
+    prefix = options.pop('prefix', None)
+    if not path or options:
+        raise ValueError(
+            "init_cfg of type 'Pretrained' takes checkpoint and prefix, got "
+            f'{dict(init_cfg)}')
+    checkpoint = CheckpointLoader.load_checkpoint(path, map_location='cpu')
+    state_dict = checkpoint.get('state_dict', checkpoint)
+    if prefix is None:
+        prefix = _find_prefix(state_dict)
+    elif prefix and not prefix.endswith('.'):
+        prefix += '.'
+    try:
+        counts = check_state_dict(backbone, state_dict, prefix, max_missing=0)
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from None
+    backbone.load_state_dict(
+        {
+            key[len(prefix):]: value
+            for key, value in state_dict.items() if key.startswith(prefix)
+        },
+        strict=False)
+    print_log(
+        f'{type(backbone).__name__}: loaded {counts["loaded"]} tensors, '
+        f'{counts["carried"] / counts["total"]:.1%} of the parameters, from '
+        f'{path}',
+        logger='current')
+
+
+def _find_prefix(state_dict: Mapping[str, Any]) -> str:
+    for prefix in PREFIXES:
+        if any(key.startswith(prefix + 'stages.') for key in state_dict):
+            return prefix
+    return ''
+
+
+def _in_unbuilt_stage(key: str, built: int) -> bool:
+    name = key.split('.')
+    return name[0] == 'stages' and name[1].isdigit() and int(name[1]) >= built
+
+
+def _fits(key: str, given: Tensor, own: Tensor) -> bool:
+    if key.endswith(RESIZED):
+        return given.dim() == own.dim() and given.shape[-1] == own.shape[-1]
+    return given.shape == own.shape
+
+
+def _explain(backbone: nn.Module, prefix: str, total: int,
+             missing: List[str], unexpected: List[str],
+             reshaped: List[str]) -> str:
+    lines = [
+        f'the checkpoint does not fit this {type(backbone).__name__} '
+        f'({total} tensors, looked for under {prefix + "*"!r}):'
+    ]
+    for what, keys in (('missing', missing), ('unexpected', unexpected),
+                       ('of another shape', reshaped)):
+        if keys:
+            more = ', ...' if len(keys) > 3 else ''
+            lines.append(f'  {len(keys)} {what}: {", ".join(keys[:3])}{more}')
+    if len(missing) == total or not reshaped and not unexpected:
+        lines.append('Is it a checkpoint of this backbone at all? If its '
+                     'names have another prefix, give it as '
+                     "init_cfg=dict(type='Pretrained', ..., prefix=...).")
+    else:
+        lines.append('Build the backbone with the arch, attention, '
+                     'num_representatives and rp_cfg that the checkpoint was '
+                     'trained with, or load another one.')
+    return '\n'.join(lines)

@@ -1,0 +1,13 @@
+"""Attention layers and bricks of the backbones; needs torch alone."""
+
+from .block import FFN, DropPath, TransformerBlock
+from .embed import PatchEmbed, PatchMerging, PositionEmbed
+from .rp_attention import RPAttention
+from .twins import (CrossShapedWindowAttention, DenseAttention,
+                    SpatialReductionAttention, WindowAttention)
+
+__all__ = [
+    'FFN', 'CrossShapedWindowAttention', 'DenseAttention', 'DropPath',
+    'PatchEmbed', 'PatchMerging', 'PositionEmbed', 'RPAttention',
+    'SpatialReductionAttention', 'TransformerBlock', 'WindowAttention'
+]

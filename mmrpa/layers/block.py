@@ -1,0 +1,88 @@
+"""The transformer block around any attention."""
+
+from typing import Tuple
+
+import torch
+from torch import Tensor, nn
+
+from .init import init_vit_
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: drop the whole branch for a random part of the images.
+
+    Args:
+        rate (float): Probability of dropping, in [0, 1). The images that keep
+            the branch have it scaled by 1 / (1 - rate).
+    """
+
+    def __init__(self, rate: float = 0.) -> None:
+        super().__init__()
+        if not 0 <= rate < 1:
+            raise ValueError(f'drop path rate must be in [0, 1), got {rate}')
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, ...) to the same shape; the identity in eval mode."""
+        if self.rate == 0 or not self.training:
+            return x
+        keep = 1 - self.rate
+        shape = (x.shape[0], ) + (1, ) * (x.dim() - 1)
+        return x * torch.empty(
+            shape, dtype=x.dtype, device=x.device).bernoulli_(keep).div_(keep)
+
+    def extra_repr(self) -> str:
+        """The rate."""
+        return f'rate={self.rate:.3f}'
+
+
+class FFN(nn.Sequential):
+    """Linear, GELU, Linear, with dropout after each Linear.
+
+    Args:
+        embed_dims (int): Channels C in and out.
+        hidden_dims (int): Channels in between.
+        drop_rate (float): Dropout rate.
+    """
+
+    def __init__(self,
+                 embed_dims: int,
+                 hidden_dims: int,
+                 drop_rate: float = 0.) -> None:
+        super().__init__(
+            nn.Linear(embed_dims, hidden_dims), nn.GELU(),
+            nn.Dropout(drop_rate), nn.Linear(hidden_dims, embed_dims),
+            nn.Dropout(drop_rate))
+        init_vit_(self)
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm residual block: attention, then FFN.
+
+    Args:
+        attn (nn.Module): An attention layer of :mod:`mmrpa.layers`.
+        embed_dims (int): Channels C.
+        mlp_ratio (float): Hidden channels of the FFN over C.
+        drop_rate (float): Dropout rate of the FFN.
+        drop_path_rate (float): Stochastic depth rate of both branches.
+        norm_eps (float): Epsilon of the LayerNorms.
+    """
+
+    def __init__(self,
+                 attn: nn.Module,
+                 embed_dims: int,
+                 mlp_ratio: float,
+                 drop_rate: float = 0.,
+                 drop_path_rate: float = 0.,
+                 norm_eps: float = 1e-5) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(embed_dims, eps=norm_eps)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(embed_dims, eps=norm_eps)
+        self.ffn = FFN(embed_dims, int(embed_dims * mlp_ratio), drop_rate)
+        self.drop_path = DropPath(drop_path_rate)
+
+    def forward(self, x: Tensor, hw_shape: Tuple[int, int]) -> Tensor:
+        """Tokens (B, N, C) of a map (H, W) to the same shape."""
+        x = x + self.drop_path(self.attn(self.norm1(x), hw_shape))
+        return x + self.drop_path(self.ffn(self.norm2(x)))

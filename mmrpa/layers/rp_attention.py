@@ -1,0 +1,172 @@
+"""The RPAttention layer: projections and local path around the operator."""
+
+import math
+from typing import Optional, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import rp_attention
+from ..ops.naive import REDUCTIONS, ROUTINGS
+from .init import LINEAR_STD, init_vit_
+from .shapes import check_heads, check_one_of, check_tokens
+
+# Standard deviation of the routing logits at initialisation, on LayerNorm-ed
+# random tokens: the mean entropy of the routing is then about 0.7 of log M, far
+# from uniform (1, every representative is the same mean token) and from
+# one-hot (0, no gradient); tests/test_layers/test_rp_attention.py measures it.
+ROUTING_LOGIT_STD = 1.5
+
+
+class RPAttention(nn.Module):
+    """Representative attention over the tokens of a feature map.
+
+    ``proj(concat_heads(rp_attention(q, k, v)) + DWC(v))`` of "Representative
+    Attention For Vision Transformers" (arXiv 2605.14913), figure 2. Cost and
+    memory are linear in the number of tokens. What the figure leaves open is
+    an argument here; ``docs/method.md`` lists the choices.
+
+    Args:
+        embed_dims (int): Channels C.
+        num_heads (int): Heads h; must divide ``embed_dims``.
+        num_representatives (int): Learned representatives M a head.
+        qkv_bias (bool): Bias in the q, k, v projection.
+        anchors (str): ``'per_head'``, or ``'shared'`` among the heads.
+        routing (str): Axis of the routing softmax, ``'representatives'`` or
+            ``'tokens'``; see :func:`mmrpa.ops.gather`.
+        reduction (str): ``'mean'`` or ``'sum'``; see :func:`mmrpa.ops.gather`.
+        interact (str): ``'grouped'``: Wq', Wk', Wv' of d x d for each head;
+            ``'full'``: of C x C across heads.
+        interact_residual (bool): A residual around Interact.
+        interact_proj (bool): An output projection inside Interact.
+        dwc_kernel_size (int): Odd kernel size of the depth-wise convolution of
+            V; 0 leaves it out.
+        proj_drop (float): Dropout rate after the output projection.
+
+    Raises:
+        ValueError: A value out of range; the message names it.
+    """
+
+    def __init__(self,
+                 embed_dims: int,
+                 num_heads: int,
+                 num_representatives: int = 64,
+                 *,
+                 qkv_bias: bool = True,
+                 anchors: str = 'per_head',
+                 routing: str = 'representatives',
+                 reduction: str = 'mean',
+                 interact: str = 'grouped',
+                 interact_residual: bool = False,
+                 interact_proj: bool = False,
+                 dwc_kernel_size: int = 3,
+                 proj_drop: float = 0.) -> None:
+        super().__init__()
+        check_heads(embed_dims, num_heads)
+        check_one_of('anchors', anchors, ('per_head', 'shared'))
+        check_one_of('routing', routing, ROUTINGS)
+        check_one_of('reduction', reduction, REDUCTIONS)
+        check_one_of('interact', interact, ('grouped', 'full'))
+        if num_representatives < 1:
+            raise ValueError('num_representatives must be at least 1, got '
+                             f'{num_representatives}')
+        if dwc_kernel_size < 0 or (dwc_kernel_size
+                                   and dwc_kernel_size % 2 == 0):
+            raise ValueError('dwc_kernel_size must be odd, or 0 for none, got '
+                             f'{dwc_kernel_size}')
+        head_dims = embed_dims // num_heads
+        self.embed_dims = embed_dims
+        self.num_heads = num_heads
+        self.num_representatives = num_representatives
+        self.routing = routing
+        self.reduction = reduction
+        self.interact_residual = interact_residual
+
+        square = ((num_heads, head_dims, head_dims) if interact == 'grouped'
+                  else (embed_dims, embed_dims))
+        self.qkv = nn.Linear(embed_dims, 3 * embed_dims, bias=qkv_bias)
+        self.anchors = nn.Parameter(
+            torch.empty(num_heads if anchors == 'per_head' else 1,
+                        num_representatives, head_dims))
+        self.interact_weight = nn.Parameter(torch.empty(3, *square))
+        self.interact_proj = nn.Parameter(
+            torch.empty(*square)) if interact_proj else None
+        self.dwc = nn.Conv2d(
+            embed_dims,
+            embed_dims,
+            dwc_kernel_size,
+            padding=dwc_kernel_size // 2,
+            groups=embed_dims) if dwc_kernel_size else None
+        self.proj = nn.Linear(embed_dims, embed_dims)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise all parameters (our choice; the paper gives none)."""
+        init_vit_(self)
+        # On LayerNorm-ed tokens k has standard deviation LINEAR_STD * sqrt(C),
+        # so this makes that of k . a equal to ROUTING_LOGIT_STD.
+        head_dims = self.anchors.shape[-1]
+        nn.init.normal_(
+            self.anchors,
+            std=ROUTING_LOGIT_STD /
+            (LINEAR_STD * math.sqrt(self.embed_dims * head_dims)))
+        for weight in (self.interact_weight, self.interact_proj):
+            if weight is not None:
+                nn.init.normal_(weight, std=weight.shape[-1]**-0.5)
+        if self.dwc is not None:
+            # Keeps V's variance on the local path, whatever the kernel size.
+            nn.init.normal_(self.dwc.weight, std=1 / self.dwc.kernel_size[0])
+
+    def forward(self,
+                x: Tensor,
+                hw_shape: Optional[Tuple[int, int]] = None) -> Tensor:
+        """Mix the tokens of x.
+
+        Args:
+            x (Tensor): Tokens (B, N, C) with N = H * W, or H * W + 1 with a
+                CLS token first, which takes part in Gather and Distribute but
+                not in the convolution. Or a map (B, C, H, W).
+            hw_shape (tuple[int, int], optional): (H, W); needed for tokens.
+
+        Returns:
+            Tensor: The shape and dtype of x (autocast's dtype under autocast).
+
+        Raises:
+            ValueError: x and hw_shape do not fit each other or the layer.
+        """
+        if x.dim() == 4:
+            height, width = x.shape[-2:]
+            if hw_shape is not None and tuple(hw_shape) != (height, width):
+                raise ValueError(f'hw_shape is {tuple(hw_shape)} but the map '
+                                 f'is {height}x{width}; leave hw_shape out')
+            tokens = self._forward_tokens(
+                x.flatten(2).transpose(1, 2), (height, width))
+            return tokens.transpose(1, 2).reshape(x.shape).contiguous()
+        return self._forward_tokens(x, hw_shape)
+
+    def _forward_tokens(self, x: Tensor,
+                        hw_shape: Optional[Tuple[int, int]]) -> Tensor:
+        num_cls = check_tokens(x, hw_shape, self.embed_dims, allow_cls=True)
+        q, k, v = self.qkv(x).chunk(3, dim=-1)  # (B, N, C) each
+        out = rp_attention(
+            *(t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+              for t in (q, k, v)),
+            self.anchors,
+            self.interact_weight,
+            routing=self.routing,
+            reduction=self.reduction,
+            interact_proj=self.interact_proj,
+            interact_residual=self.interact_residual)
+        out = out.transpose(1, 2).flatten(2)  # (B, N, C)
+        if self.dwc is not None:
+            local = v[:, num_cls:].transpose(1, 2).unflatten(-1, hw_shape)
+            local = self.dwc(local).flatten(2).transpose(1, 2)
+            out = out + nn.functional.pad(local, (0, 0, num_cls, 0))
+        return self.proj_drop(self.proj(out))
+
+    def extra_repr(self) -> str:
+        """The settings that the printed submodules do not show."""
+        return (f'num_heads={self.num_heads}, '
+                f'num_representatives={self.num_representatives}, '
+                f'routing={self.routing!r}, reduction={self.reduction!r}')

@@ -1,0 +1,101 @@
+"""RPAttention written out as loops in float64, straight from docs/method.md.
+
+Deliberately unlike the implementation: one image, one head, one token and one
+representative at a time, no batched product and no softmax call. Autograd runs
+through it, so it is the oracle of values and of all gradients.
+"""
+
+import torch
+
+EPS = 1e-6
+
+
+def softmax(logits):
+    """Softmax of a list of scalars."""
+    top = max(float(x) for x in logits)
+    exps = [torch.exp(x - top) for x in logits]
+    total = sum(exps)
+    return [e / total for e in exps]
+
+
+def mix(weights, vectors):
+    """Weighted sum of vectors."""
+    return sum(w * vec for w, vec in zip(weights, vectors))
+
+
+def gather(k, v, anchors, routing='representatives', reduction='mean'):
+    """One head: lists of N keys, N values and M anchors, each of d numbers."""
+    logits = [[(key * a).sum() for a in anchors] for key in k]
+    if routing == 'representatives':
+        p = [softmax(row) for row in logits]
+    else:
+        columns = [softmax(list(column)) for column in zip(*logits)]
+        p = [list(row) for row in zip(*columns)]
+    k_rep, z = [], []
+    for m in range(len(anchors)):
+        weights = [row[m] for row in p]
+        mass = sum(weights) if reduction == 'mean' else 1.
+        if reduction == 'mean' and float(mass) < EPS:
+            mass = EPS
+        k_rep.append(mix(weights, k) / mass)
+        z.append(mix(weights, v) / mass)
+    return k_rep, z
+
+
+def attend(queries, keys, values, scale):
+    """Softmax attention of lists of vectors."""
+    return [
+        mix(softmax([(q * key).sum() * scale for key in keys]), values)
+        for q in queries
+    ]
+
+
+def project(per_head, weight):
+    """h lists of M vectors, times (h, d, d) or (C, C), row by row."""
+    if weight.dim() == 3:
+        return [[
+            sum(vec[i] * w[i] for i in range(len(vec))) for vec in vecs
+        ] for vecs, w in zip(per_head, weight)]
+    dims = len(per_head[0][0])
+    out = [[] for _ in per_head]
+    for m in range(len(per_head[0])):
+        whole = torch.cat([vecs[m] for vecs in per_head])
+        mixed = sum(whole[i] * weight[i] for i in range(len(whole)))
+        for head in range(len(per_head)):
+            out[head].append(mixed[head * dims:(head + 1) * dims])
+    return out
+
+
+def rp_attention(q, k, v, anchors, interact_weight, *,
+                 routing='representatives', reduction='mean',
+                 interact_proj=None, interact_residual=False, scale=None):
+    """The whole operator on (B, h, N, d); see mmrpa.ops.rp_attention."""
+    q, k, v, anchors, interact_weight = (
+        t.double() for t in (q, k, v, anchors, interact_weight))
+    images = []
+    for b in range(q.shape[0]):
+        k_reps, zs = [], []
+        for h in range(q.shape[1]):
+            a = anchors[h if anchors.shape[0] > 1 else 0]
+            k_rep, z = gather(
+                list(k[b, h]), list(v[b, h]), list(a), routing, reduction)
+            k_reps.append(k_rep)
+            zs.append(z)
+        dims = q.shape[-1]
+        projected = [project(zs, w) for w in interact_weight]
+        v_reps = [
+            attend(pq, pk, pv, dims**-0.5) for pq, pk, pv in zip(*projected)
+        ]
+        if interact_proj is not None:
+            v_reps = project(v_reps, interact_proj.double())
+        if interact_residual:
+            v_reps = [[z + r for z, r in zip(*pair)]
+                      for pair in zip(zs, v_reps)]
+        heads = [
+            torch.stack(
+                attend(list(q[b, h]), k_reps[h], v_reps[h],
+                       dims**-0.5 if scale is None else scale))
+            for h in range(q.shape[1])
+        ]
+        images.append(torch.stack(heads))
+    return torch.stack(images)
