@@ -12,7 +12,7 @@ EPS = 1e-6
 
 def softmax(logits):
     """Softmax of a list of scalars."""
-    top = max(float(x) for x in logits)
+    top = max(x.item() for x in logits)
     exps = [torch.exp(x - top) for x in logits]
     total = sum(exps)
     return [e / total for e in exps]
@@ -35,7 +35,7 @@ def gather(k, v, anchors, routing='representatives', reduction='mean'):
     for m in range(len(anchors)):
         weights = [row[m] for row in p]
         mass = sum(weights) if reduction == 'mean' else 1.
-        if reduction == 'mean' and float(mass) < EPS:
+        if reduction == 'mean' and mass.item() < EPS:
             mass = EPS
         k_rep.append(mix(weights, k) / mass)
         z.append(mix(weights, v) / mass)

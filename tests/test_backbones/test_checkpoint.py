@@ -1,0 +1,102 @@
+"""Loading weights: the right ones exactly, the wrong ones never."""
+
+import pytest
+import torch
+from mmengine.runner.checkpoint import load_checkpoint
+
+from zoo import build
+
+
+def save(path, model, prefix='', wrap=True):
+    state = {prefix + k: v for k, v in model.state_dict().items()}
+    state['head.fc.weight'] = torch.zeros(3, 3)
+    torch.save(dict(state_dict=state) if wrap else state, path)
+    return str(path)
+
+
+def pretrained(path, **options):
+    return dict(type='Pretrained', checkpoint=path, **options)
+
+
+@pytest.mark.parametrize('prefix', ['', 'backbone.', 'module.backbone.'])
+@pytest.mark.parametrize('named', [True, False], ids=['named', 'found'])
+@pytest.mark.parametrize('wrap', [True, False], ids=['wrapped', 'bare'])
+def test_pretrained_loads_exactly(tmp_path, prefix, named, wrap):
+    source = build('swin', out_indices=(3, ))  # a classifier: norm3 only
+    path = save(tmp_path / 'a.pth', source, prefix, wrap)
+    options = dict(prefix=prefix) if named else {}
+    model = build('swin', init_cfg=pretrained(path, **options))
+    before = model.norm0.norm.weight.clone()
+    model.init_weights()
+    for name, value in source.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    assert torch.equal(model.norm0.norm.weight, before)
+    with torch.no_grad():
+        model.stem.norm.weight.zero_()
+    model.init_weights()  # the second call must not undo training
+    assert model.stem.norm.weight.abs().sum() == 0
+
+
+def test_pretrained_says_how_much_was_loaded(tmp_path, capsys):
+    source = build('swin', out_indices=(3, ))
+    path = save(tmp_path / 'a.pth', source)
+    build('swin', out_indices=(3, ), init_cfg=pretrained(path)).init_weights()
+    n = len(source.state_dict())
+    assert (f'RPSwin: loaded {n} tensors, 100.0% of the parameters, from '
+            f'{path}') in capsys.readouterr().out
+
+
+def test_stages_that_are_not_built_may_be_in_the_checkpoint(tmp_path):
+    path = save(tmp_path / 'a.pth', build('swin'))
+    build('swin', out_indices=(0, 1), init_cfg=pretrained(path)).init_weights()
+
+
+WRONG = {
+    'other-width': (dict(
+        arch=dict(
+            embed_dims=(16, 16, 24, 32), depths=(1, 2, 1, 1),
+            num_heads=(2, 2, 4, 4), mlp_ratios=2)), r'of another shape: stem'),
+    'deeper': (dict(
+        arch=dict(
+            embed_dims=(8, 16, 24, 32), depths=(1, 2, 3, 1),
+            num_heads=(2, 2, 4, 4), mlp_ratios=2)),
+               r'unexpected: stages\.2\.blocks\.1'),
+    'other-m': (dict(num_representatives=7), r'4 of another shape|5 of anoth'),
+    'other-attention': (dict(attention='window'),
+                        r'missing: stages\.0\.blocks\.0\.attn\.anchors'),
+}
+
+
+@pytest.mark.parametrize('options,match', WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize('how', ['pretrained', 'load_from'])
+def test_checkpoint_of_another_arch_is_an_error(tmp_path, options, match, how):
+    path = save(tmp_path / 'a.pth', build('swin', **options), 'backbone.')
+    model = build('swin', init_cfg=pretrained(path))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ValueError, match=match) as info:
+        if how == 'pretrained':
+            model.init_weights()
+        else:  # what Runner does with load_from, --resume and the test script
+            load_checkpoint(
+                torch.nn.ModuleDict(dict(backbone=model)), path)
+    assert 'does not fit this RPSwin' in str(info.value)
+    assert 'num_representatives' in str(info.value)  # what to do
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_checkpoint_of_something_else_is_an_error(tmp_path):
+    path = str(tmp_path / 'a.pth')
+    torch.save(dict(state_dict={'layer1.weight': torch.zeros(3)}), path)
+    with pytest.raises(ValueError, match=r'missing.*(?s:.)*prefix='):
+        build('swin', init_cfg=pretrained(path)).init_weights()
+
+
+def test_missing_file_and_bad_init_cfg_are_named(tmp_path):
+    path = str(tmp_path / 'no.pth')
+    with pytest.raises(FileNotFoundError, match=r'no\.pth'):
+        build('swin', init_cfg=pretrained(path)).init_weights()
+    with pytest.raises(ValueError, match='Kaiming'):
+        build('swin', init_cfg=dict(type='Kaiming')).init_weights()
+    with pytest.raises(ValueError, match='takes checkpoint and prefix'):
+        build('swin', init_cfg=pretrained(path, strict=True)).init_weights()
