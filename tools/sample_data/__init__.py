@@ -1,0 +1,1 @@
+"""Scenes of coloured shapes, and the dataset formats they are written in."""
