@@ -1,5 +1,6 @@
 """mmrpa, installed as a wheel, is found by every host from anywhere."""
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -34,9 +35,14 @@ except TypeError as error:
 def wheel(tmp_path_factory):
     """A folder into which the wheel, and nothing else, is unpacked."""
     out = tmp_path_factory.mktemp('wheel')
+    # A copy, since pip builds in the source tree, which other tests read.
+    source = out / 'source'
+    shutil.copytree(ROOT / 'mmrpa', source / 'mmrpa')
+    for name in ('setup.cfg', 'pyproject.toml', 'README.md', 'LICENSE'):
+        shutil.copy(ROOT / name, source)
     subprocess.run([
         sys.executable, '-m', 'pip', 'wheel', '--no-deps', '--no-index',
-        '--no-build-isolation', '--quiet', '--wheel-dir', out, ROOT
+        '--no-build-isolation', '--quiet', '--wheel-dir', out, source
     ], check=True)  # yapf: disable
     built, = out.glob('mmrpa-*.whl')
     site = out / 'site'

@@ -6,7 +6,7 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-from ..ops import rp_attention
+from ..ops import route, rp_attention
 from ..ops.naive import REDUCTIONS, ROUTINGS
 from .init import LINEAR_STD, init_vit_
 from .shapes import check_heads, check_one_of, check_tokens
@@ -33,7 +33,7 @@ class RPAttention(nn.Module):
         qkv_bias (bool): Bias in the q, k, v projection.
         anchors (str): ``'per_head'``, or ``'shared'`` among the heads.
         routing (str): Axis of the routing softmax, ``'representatives'`` or
-            ``'tokens'``; see :func:`mmrpa.ops.gather`.
+            ``'tokens'``; see :func:`mmrpa.ops.route`.
         reduction (str): ``'mean'`` or ``'sum'``; see :func:`mmrpa.ops.gather`.
         interact (str): ``'grouped'``: Wq', Wk', Wv' of d x d for each head;
             ``'full'``: of C x C across heads.
@@ -150,8 +150,7 @@ class RPAttention(nn.Module):
         num_cls = check_tokens(x, hw_shape, self.embed_dims, allow_cls=True)
         q, k, v = self.qkv(x).chunk(3, dim=-1)  # (B, N, C) each
         out = rp_attention(
-            *(t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-              for t in (q, k, v)),
+            *(self._heads(t) for t in (q, k, v)),
             self.anchors,
             self.interact_weight,
             routing=self.routing,
@@ -164,6 +163,26 @@ class RPAttention(nn.Module):
             local = self.dwc(local).flatten(2).transpose(1, 2)
             out = out + nn.functional.pad(local, (0, 0, num_cls, 0))
         return self.proj_drop(self.proj(out))
+
+    def routing_map(self, x: Tensor, hw_shape: Tuple[int, int]) -> Tensor:
+        """Which part of the map each representative stands for.
+
+        Args:
+            x (Tensor): What ``forward`` was given, (B, N, C).
+            hw_shape (tuple[int, int]): (H, W).
+
+        Returns:
+            Tensor: The routing P as maps (B, h, M, H, W) in float32, without
+            the CLS token.
+        """
+        num_cls = check_tokens(x, hw_shape, self.embed_dims, allow_cls=True)
+        k = self._heads(self.qkv(x).chunk(3, dim=-1)[1])
+        p = route(k.float(), self.anchors.float(), self.routing)
+        return p[:, :, num_cls:].transpose(-2, -1).unflatten(-1, hw_shape)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """(B, N, C) to (B, h, N, d)."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def extra_repr(self) -> str:
         """The settings that the printed submodules do not show."""

@@ -18,6 +18,27 @@ REDUCTIONS = ('mean', 'sum')
 MASS_EPS = 1e-6
 
 
+def route(k: Tensor,
+          anchors: Tensor,
+          routing: str = 'representatives') -> Tensor:
+    """The routing P: which token belongs to which representative.
+
+    Args:
+        k (Tensor): Keys, (B, h, N, d).
+        anchors (Tensor): Learned anchors, (h, M, d), or (1, M, d) to share
+            them among the heads.
+        routing (str): The axis over which the softmax competes:
+            ``'representatives'`` (each token is divided among the M
+            representatives; our reading of "competitive") or ``'tokens'``
+            (each representative divides its attention among the N tokens).
+
+    Returns:
+        Tensor: (B, h, N, M), between 0 and 1.
+    """
+    axis = -1 if routing == 'representatives' else -2
+    return (k @ anchors.transpose(-2, -1)).softmax(dim=axis)
+
+
 def gather(k: Tensor,
            v: Tensor,
            anchors: Tensor,
@@ -28,12 +49,8 @@ def gather(k: Tensor,
     Args:
         k (Tensor): Keys, (B, h, N, d).
         v (Tensor): Values, (B, h, N, d).
-        anchors (Tensor): Learned anchors, (h, M, d), or (1, M, d) to share
-            them among the heads.
-        routing (str): The axis over which the routing softmax competes:
-            ``'representatives'`` (each token is divided among the M
-            representatives; our reading of "competitive") or ``'tokens'``
-            (each representative divides its attention among the N tokens).
+        anchors (Tensor): Learned anchors; see :func:`route`.
+        routing (str): Axis of the routing softmax; see :func:`route`.
         reduction (str): ``'mean'`` divides by the routed mass, ``'sum'`` does
             not. Our choice is the mean: a sum grows with N, so weights would
             not carry over from 224x224 to 800x1333.
@@ -42,8 +59,7 @@ def gather(k: Tensor,
         tuple[Tensor, Tensor]: K_rep and Z, each (B, h, M, d). A representative
         that no token is routed to gives zeros under ``'mean'``.
     """
-    axis = -1 if routing == 'representatives' else -2
-    p = (k @ anchors.transpose(-2, -1)).softmax(dim=axis)  # (B, h, N, M)
+    p = route(k, anchors, routing)  # (B, h, N, M)
     p_t = p.transpose(-2, -1)
     k_rep, z = p_t @ k, p_t @ v  # (B, h, M, d)
     if reduction == 'mean':
@@ -137,7 +153,7 @@ def rp_attention(q: Tensor,
         anchors (Tensor): (h, M, d), or (1, M, d) shared among the heads.
         interact_weight (Tensor): (3, h, d, d) grouped, or (3, C, C) full.
         routing (str): ``'representatives'`` or ``'tokens'``; see
-            :func:`gather`.
+            :func:`route`.
         reduction (str): ``'mean'`` or ``'sum'``; see :func:`gather`.
         interact_proj (Tensor, optional): (h, d, d) or (C, C); see
             :func:`interact`.

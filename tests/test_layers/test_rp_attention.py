@@ -112,6 +112,20 @@ def test_initial_routing_is_neither_uniform_nor_one_hot(dims, heads, m):
     assert 0.3 < entropy < 0.95
 
 
+@pytest.mark.parametrize('num_cls', [0, 1], ids=['map', 'cls'])
+def test_routing_map_is_the_routing_that_forward_uses(num_cls):
+    layer = RPAttention(8, 2, 3)
+    x = torch.randn(2, 6 + num_cls, 8)
+    maps = layer.routing_map(x, (2, 3))
+    assert maps.shape == (2, 2, 3, 2, 3)
+    torch.testing.assert_close(maps.sum(2), torch.ones(2, 2, 2, 3))
+    k = layer.qkv(x)[1, num_cls + 4, 8:16].view(2, 4)  # row 1, column 1
+    for head in range(2):
+        logits = torch.stack([(k[head] * a).sum()
+                              for a in layer.anchors[head]])
+        torch.testing.assert_close(maps[1, head, :, 1, 1], logits.softmax(0))
+
+
 def test_needs_torch_alone():
     code = ('import sys\n'
             'class Block:\n'
