@@ -14,8 +14,13 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .layers import (CrossShapedWindowAttention, DenseAttention, RPAttention,
-                     SpatialReductionAttention, WindowAttention)
+from .layers import (
+    CrossShapedWindowAttention,
+    DenseAttention,
+    RPAttention,
+    SpatialReductionAttention,
+    WindowAttention,
+)
 
 ATTENTIONS = (CrossShapedWindowAttention, DenseAttention, RPAttention,
               SpatialReductionAttention, WindowAttention)

@@ -3,9 +3,9 @@
 import json
 
 import pytest
+from helpers import TOOLS, load_tool
 from mmengine.config import Config
 
-from helpers import TOOLS, load_tool
 from mmrpa.backbones import RPPVT, RPCSWin, RPDeiT, RPSwin
 from mmrpa.flops import count_backbone, count_model, count_twins
 
@@ -91,9 +91,8 @@ def closed_form(name, arch, attention, hw_shape):
     return total, attn, mixing
 
 
-@pytest.mark.parametrize('name,arch', ARCHS, ids=[f'{n}-{a}' for n, a in ARCHS
-                                                  ])
-@pytest.mark.parametrize('hw_shape', [(224, 224), (270, 333)], ids=str)
+@pytest.mark.parametrize('name,arch', ARCHS, ids=['-'.join(a) for a in ARCHS])
+@pytest.mark.parametrize('hw_shape', [(270, 333)], ids=str)  # all must pad
 def test_every_arch_and_twin_equals_the_closed_form(name, arch, hw_shape):
     cfg = dict(type=f'mmrpa.{name}', arch=arch)
     counts = count_twins(cfg, hw_shape)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 # Run in a fresh interpreter: default scope set as the Runner sets it, no
 # custom_imports, nothing of mmrpa imported by hand.
-CODE = '''
+CODE = """
 import sys
 import torch
 from mmengine.registry import init_default_scope
@@ -28,7 +28,7 @@ try:
     {host}.registry.MODELS.build(dict(type='mmrpa.{type}', archh='tiny'))
 except TypeError as error:
     print('error', error)
-'''
+"""
 
 
 @pytest.fixture(scope='module')

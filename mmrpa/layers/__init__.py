@@ -3,8 +3,12 @@
 from .block import FFN, DropPath, TransformerBlock
 from .embed import PatchEmbed, PatchMerging, PositionEmbed
 from .rp_attention import RPAttention
-from .twins import (CrossShapedWindowAttention, DenseAttention,
-                    SpatialReductionAttention, WindowAttention)
+from .twins import (
+                    CrossShapedWindowAttention,
+                    DenseAttention,
+                    SpatialReductionAttention,
+                    WindowAttention,
+)
 
 __all__ = [
     'FFN', 'CrossShapedWindowAttention', 'DenseAttention', 'DropPath',

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from mmengine.runner.checkpoint import load_checkpoint
-
 from zoo import build
 
 

@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from mmengine.runner.checkpoint import load_state_dict
-
 from zoo import SMALL, attentions, build
 
 CASES = [(f, a) for f in SMALL for a in attentions(f)]

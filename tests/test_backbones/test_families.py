@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from zoo import build
 
 from mmrpa.backbones import RPPVT, RPCSWin, RPDeiT, RPSwin
-from zoo import build
 
 # Parameters with a 1000-class head, in millions, of the publications.
 PUBLISHED = {

@@ -4,8 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmrpa.layers import (FFN, DenseAttention, DropPath, PatchEmbed,
-                          PatchMerging, PositionEmbed, TransformerBlock)
+from mmrpa.layers import (
+    FFN,
+    DenseAttention,
+    DropPath,
+    PatchEmbed,
+    PatchMerging,
+    PositionEmbed,
+    TransformerBlock,
+)
 
 
 @pytest.mark.parametrize('size', [(8, 12), (9, 13), (4, 4), (5, 7)])

@@ -4,11 +4,11 @@ import math
 import subprocess
 import sys
 
+import oracle
 import pytest
 import torch
 import torch.nn.functional as F
 
-import oracle
 from mmrpa.layers import RPAttention
 
 VARIANTS = {

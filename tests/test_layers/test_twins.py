@@ -8,8 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmrpa.layers import (CrossShapedWindowAttention, DenseAttention,
-                          SpatialReductionAttention, WindowAttention)
+from mmrpa.layers import (
+    CrossShapedWindowAttention,
+    DenseAttention,
+    SpatialReductionAttention,
+    WindowAttention,
+)
 from mmrpa.layers.windows import pad_to_multiple, partition, unpartition
 
 

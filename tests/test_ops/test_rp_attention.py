@@ -1,9 +1,9 @@
 """The operator against loops in float64, and the properties of method.md."""
 
+import oracle
 import pytest
 import torch
 
-import oracle
 from mmrpa.ops import gather, interact, rp_attention
 
 OPTIONS = {

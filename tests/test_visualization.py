@@ -1,0 +1,51 @@
+"""Routing maps: recorded as computed, painted as said."""
+
+import pytest
+import torch
+from zoo import build
+
+from mmrpa.visualization import (
+    paint_routing,
+    record_routing,
+    representative_colors,
+)
+
+
+@pytest.mark.parametrize('family', ['deit', 'swin'])
+def test_every_layer_is_recorded_as_it_runs(family):
+    model = build(family, attention=['rp', 'dense', 'rp', 'rp']).eval()
+    x = torch.randn(2, 3, 64, 96)
+    inputs = {}
+    name = 'stages.0.blocks.0.attn'
+    model.get_submodule(name).register_forward_hook(
+        lambda module, args, out: inputs.update({name: args}))
+    before = model(x)
+    with record_routing(model) as maps:
+        after = model(x)
+    assert list(maps) == [f'stages.{i}.blocks.0.attn' for i in (0, 2, 3)]
+    stride = model.strides[0]
+    assert maps[name].shape[-2:] == (64 // stride, 96 // stride)
+    expected = model.get_submodule(name).routing_map(*inputs[name])
+    torch.testing.assert_close(maps[name], expected)
+    for a, b in zip(before, after):  # recording changes nothing
+        assert torch.equal(a, b)
+    maps.clear()
+    model(x)
+    assert not maps  # and ends with the block
+
+
+def test_a_pixel_has_the_mixed_colours_of_its_representatives():
+    colors = representative_colors(3)
+    routing = torch.zeros(3, 2, 2)
+    routing[1] = 1  # most of the mass: the first colour
+    routing[:, 0, 0] = torch.tensor([0.5, 0.5, 0.])
+    picture = paint_routing(routing, (2, 2))
+    assert picture.shape == (2, 2, 3)
+    assert picture[1, 1] == pytest.approx(colors[0])
+    assert picture[0, 0] == pytest.approx((colors[0] + colors[1]) / 2)
+
+
+def test_colours_are_stable_and_differ():
+    colors = representative_colors(64)
+    assert (representative_colors(16) == colors[:16]).all()
+    assert len({tuple(c.round(2)) for c in colors}) == 64
