@@ -1,5 +1,6 @@
 """Draw docs/images/architecture.png: python docs/draw_architecture.py"""
 
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -10,7 +11,8 @@ from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch  # noqa: E402
 
 INK = '#22303c'
-GATHER, INTERACT, DISTRIBUTE, LOCAL = '#2f6fb3', '#3f8f4f', '#7a4fb0', '#b8860b'
+GATHER, INTERACT = '#2f6fb3', '#3f8f4f'
+DISTRIBUTE, LOCAL = '#7a4fb0', '#b8860b'
 SIZE = 9
 
 
@@ -24,8 +26,9 @@ def box(axes, x, y, text, color=INK, width=1.3, height=0.62, fill='white'):
     """A rounded box centred at (x, y)."""
     axes.add_patch(
         FancyBboxPatch((x - width / 2, y - height / 2), width, height,
-                       boxstyle='round,pad=0,rounding_size=0.09', linewidth=1.3,
-                       edgecolor=color, facecolor=fill, zorder=3))
+                       boxstyle='round,pad=0,rounding_size=0.09',
+                       linewidth=1.3, edgecolor=color, facecolor=fill,
+                       zorder=3))
     axes.text(x, y, text, ha='center', va='center', fontsize=SIZE, color=INK,
               zorder=4, linespacing=1.35)
 
@@ -42,7 +45,7 @@ def panel(axes, x0, x1, y0, y1, title, color):
 
 def arrow(axes, *points, text='', at=(0, 0)):
     """A line through points with a head at the end."""
-    for start, end in zip(points, points[1:]):
+    for start, end in pairwise(points):
         last = end == points[-1]
         axes.add_patch(
             FancyArrowPatch(start, end, shrinkA=0, shrinkB=0, linewidth=1.2,

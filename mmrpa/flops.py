@@ -142,7 +142,7 @@ def _run_two_stage(model: nn.Module, images: torch.Tensor) -> None:
             continue
         if not isinstance(heads, nn.ModuleList):  # a cascade has one a stage
             heads, pools = [heads], [pools]
-        for head, pool in zip(heads, pools):
+        for head, pool in zip(heads, pools, strict=True):
             size = pool.roi_layers[0].output_size
             head(images.new_empty(num_boxes, pool.out_channels, *size))
 

@@ -20,7 +20,7 @@ def softmax(logits):
 
 def mix(weights, vectors):
     """Weighted sum of vectors."""
-    return sum(w * vec for w, vec in zip(weights, vectors))
+    return sum(w * vec for w, vec in zip(weights, vectors, strict=True))
 
 
 def gather(k, v, anchors, routing='representatives', reduction='mean'):
@@ -29,8 +29,8 @@ def gather(k, v, anchors, routing='representatives', reduction='mean'):
     if routing == 'representatives':
         p = [softmax(row) for row in logits]
     else:
-        columns = [softmax(list(column)) for column in zip(*logits)]
-        p = [list(row) for row in zip(*columns)]
+        columns = [softmax(list(c)) for c in zip(*logits, strict=True)]
+        p = [list(row) for row in zip(*columns, strict=True)]
     k_rep, z = [], []
     for m in range(len(anchors)):
         weights = [row[m] for row in p]
@@ -55,7 +55,7 @@ def project(per_head, weight):
     if weight.dim() == 3:
         return [[
             sum(vec[i] * w[i] for i in range(len(vec))) for vec in vecs
-        ] for vecs, w in zip(per_head, weight)]
+        ] for vecs, w in zip(per_head, weight, strict=True)]
     dims = len(per_head[0][0])
     out = [[] for _ in per_head]
     for m in range(len(per_head[0])):
@@ -84,13 +84,13 @@ def rp_attention(q, k, v, anchors, interact_weight, *,
         dims = q.shape[-1]
         projected = [project(zs, w) for w in interact_weight]
         v_reps = [
-            attend(pq, pk, pv, dims**-0.5) for pq, pk, pv in zip(*projected)
+            attend(*qkv, dims**-0.5) for qkv in zip(*projected, strict=True)
         ]
         if interact_proj is not None:
             v_reps = project(v_reps, interact_proj.double())
         if interact_residual:
-            v_reps = [[z + r for z, r in zip(*pair)]
-                      for pair in zip(zs, v_reps)]
+            v_reps = [[z + r for z, r in zip(*pair, strict=True)]
+                      for pair in zip(zs, v_reps, strict=True)]
         heads = [
             torch.stack(
                 attend(list(q[b, h]), k_reps[h], v_reps[h],

@@ -56,7 +56,7 @@ def closed_form(name, arch, attention, hw_shape):
     heads = [a['num_heads']] if plain else a['num_heads']
     ratios = a['mlp_ratios']
     total = attn = mixing = 0
-    for i, (c, depth) in enumerate(zip(dims, depths)):
+    for i, (c, depth) in enumerate(zip(dims, depths, strict=True)):
         stride = 16 if plain else 4 * 2**i
         h, w = (-(-s // stride) for s in hw_shape)
         cells = h * w
@@ -167,7 +167,8 @@ def test_two_stage_detector_counts_its_heads():
     fpn_and_rpn = []
     for side in (64, 128):
         cells = [(side // s)**2 for s in (4, 8, 16, 32)]
-        lateral = sum(n * c * 64 for n, c in zip(cells, (32, 64, 128, 160)))
+        dims = (32, 64, 128, 160)
+        lateral = sum(n * c * 64 for n, c in zip(cells, dims, strict=True))
         fpn_and_rpn.append(lateral + sum(cells) * (9 * 64 * 64 * 2 + 64 *
                                                    (3 + 12)))
     assert small == backbones[0] + fpn_and_rpn[0] + heads

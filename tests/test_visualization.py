@@ -27,7 +27,7 @@ def test_every_layer_is_recorded_as_it_runs(family):
     assert maps[name].shape[-2:] == (64 // stride, 96 // stride)
     expected = model.get_submodule(name).routing_map(*inputs[name])
     torch.testing.assert_close(maps[name], expected)
-    for a, b in zip(before, after):  # recording changes nothing
+    for a, b in zip(before, after, strict=True):  # recording changes nothing
         assert torch.equal(a, b)
     maps.clear()
     model(x)

@@ -9,8 +9,13 @@ from typing import Any, Dict, Optional, Sequence
 from mmengine.config import Config, DictAction
 from mmengine.registry import init_default_scope
 
-from mmrpa.flops import (INPUT_SIZES, NUM_MASKS, NUM_PROPOSALS, count_model,
-                         count_twins)
+from mmrpa.flops import (
+    INPUT_SIZES,
+    NUM_MASKS,
+    NUM_PROPOSALS,
+    count_model,
+    count_twins,
+)
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:

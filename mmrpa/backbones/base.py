@@ -350,14 +350,19 @@ class RPBackbone(BaseModule):
         depths = self.arch['depths']
         rates = torch.linspace(
             0, self.drop_path_rate, sum(depths), device='cpu').tolist()
-        return nn.ModuleList(
-            Stage([
+        stages = nn.ModuleList()
+        for i in range(self.out_indices[-1] + 1):
+            blocks = [
                 self._build_block(i, j, rates[sum(depths[:i]) + j])
                 for j in range(depths[i])
-            ],
-                  downsample=self._build_downsample(i) if i else None,
-                  pos_embed=self._build_pos_embed(i),
-                  with_cp=self.with_cp) for i in range(max(self.out_indices) + 1))
+            ]
+            stages.append(
+                Stage(
+                    blocks,
+                    downsample=self._build_downsample(i) if i else None,
+                    pos_embed=self._build_pos_embed(i),
+                    with_cp=self.with_cp))
+        return stages
 
     def _build_block(self, stage: int, block: int,
                      drop_path_rate: float) -> TransformerBlock:
@@ -431,7 +436,8 @@ class RPBackbone(BaseModule):
                 raise ValueError(f'attention of {type(self).__name__} must be '
                                  f'out of {tuple(allowed)}, got {name!r}')
 
-    def _parse_out_indices(self, out_indices: Sequence[int]) -> Tuple[int, ...]:
+    def _parse_out_indices(self,
+                           out_indices: Sequence[int]) -> Tuple[int, ...]:
         if isinstance(out_indices, int):
             out_indices = (out_indices, )
         n = self.num_stages

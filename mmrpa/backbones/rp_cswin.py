@@ -14,9 +14,9 @@ class RPCSWin(RPBackbone):
     """CSWin whose cross-shaped windows give way to RPAttention.
 
     Archs: ``'tiny'``, ``'small'``, ``'base'``. Its own attention is
-    ``'cross'``: stripes of width ``split_sizes``, in the last stage one window.
-    Stem and downsampling are overlapping convolutions. Further arguments: see
-    :class:`RPBackbone`.
+    ``'cross'``: stripes of width ``split_sizes``, in the last stage one
+    window. Stem and downsampling are overlapping convolutions. Further
+    arguments: see :class:`RPBackbone`.
 
     Args:
         split_sizes (sequence[int | None]): Width of the stripes of each

@@ -81,7 +81,8 @@ class RPPVT(RPBackbone):
 
     def _build_downsample(self, stage: int) -> nn.Module:
         dims = self.arch['embed_dims']
-        return PatchEmbed(dims[stage - 1], dims[stage], 2, norm_eps=LAYER_NORM_EPS)
+        return PatchEmbed(
+            dims[stage - 1], dims[stage], 2, norm_eps=LAYER_NORM_EPS)
 
     def _build_pos_embed(self, stage: int) -> nn.Module:
         side = -(-self.img_size // self._stride(stage))

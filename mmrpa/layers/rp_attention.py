@@ -12,8 +12,8 @@ from .init import LINEAR_STD, init_vit_
 from .shapes import check_heads, check_one_of, check_tokens
 
 # Standard deviation of the routing logits at initialisation, on LayerNorm-ed
-# random tokens: the mean entropy of the routing is then about 0.7 of log M, far
-# from uniform (1, every representative is the same mean token) and from
+# random tokens: the mean entropy of the routing is then about 0.7 of log M,
+# far from uniform (1, every representative is the same mean token) and from
 # one-hot (0, no gradient); tests/test_layers/test_rp_attention.py measures it.
 ROUTING_LOGIT_STD = 1.5
 

@@ -5,7 +5,7 @@ local twin that a comparison needs is the same class with another argument. All
 layers here map tokens (B, N, C) of a map ``hw_shape = (H, W)`` to (B, N, C).
 """
 
-from typing import Optional, Tuple
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -206,7 +206,7 @@ def _shift_mask(padded: HW, window_size: int, shifts: HW,
     """Mask (num_windows, w², w²): 0, or -inf between tokens that only the
     cyclic shift made neighbours."""
     regions = like.new_zeros((1, *padded, 1))
-    for axis, (side, shift) in enumerate(zip(padded, shifts)):
+    for axis, (side, shift) in enumerate(zip(padded, shifts, strict=True)):
         if shift:
             position = torch.arange(side, device=like.device)
             region = ((position >= side - window_size).int() +
@@ -272,17 +272,15 @@ class CrossShapedWindowAttention(nn.Module):
             stripes = [(x.shape[1], self.split_size),
                        (self.split_size, x.shape[2])]
         qkv = self.qkv(x).unflatten(-1, (3, len(stripes), -1))
-        out = torch.cat([
-            self._branch(qkv[:, :, :, :, i].unbind(-2), stripe, lepe)
-            for i, (stripe, lepe) in enumerate(zip(stripes, self.lepe))
-        ], dim=-1)  # yapf: disable
+        branches = zip(qkv.unbind(-2), stripes, self.lepe, strict=True)
+        out = torch.cat([self._branch(*branch) for branch in branches], dim=-1)
         out = out[:, :height, :width].flatten(1, 2)
         return self.proj_drop(self.proj(out))
 
-    def _branch(self, qkv: Tuple[Tensor, ...], stripe: HW,
-                lepe: nn.Conv2d) -> Tensor:
-        hw_shape = qkv[0].shape[1:3]
-        q, k, v = (partition(t, stripe) for t in qkv)
+    def _branch(self, qkv: Tensor, stripe: HW, lepe: nn.Conv2d) -> Tensor:
+        """Stripes of (B, H, W, 3, C / branches) attend to themselves."""
+        hw_shape = qkv.shape[1:3]
+        q, k, v = (partition(t, stripe) for t in qkv.unbind(3))
         local = lepe(v.transpose(1, 2).unflatten(-1, stripe))
         out = _attend(q, k, v, self.num_heads // len(self.lepe))
         out = out + local.flatten(2).transpose(1, 2)

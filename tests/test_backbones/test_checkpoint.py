@@ -3,6 +3,7 @@
 import pytest
 import torch
 from mmengine.runner.checkpoint import load_checkpoint
+from mmrpa.backbones import checkpoint
 from zoo import build
 
 
@@ -36,13 +37,17 @@ def test_pretrained_loads_exactly(tmp_path, prefix, named, wrap):
     assert model.stem.norm.weight.abs().sum() == 0
 
 
-def test_pretrained_says_how_much_was_loaded(tmp_path, capsys):
+def test_pretrained_says_how_much_was_loaded(tmp_path, monkeypatch):
     source = build('swin', out_indices=(3, ))
     path = save(tmp_path / 'a.pth', source)
+    lines = []
+    monkeypatch.setattr(checkpoint, 'print_log',
+                        lambda text, logger: lines.append(text))
     build('swin', out_indices=(3, ), init_cfg=pretrained(path)).init_weights()
     n = len(source.state_dict())
-    assert (f'RPSwin: loaded {n} tensors, 100.0% of the parameters, from '
-            f'{path}') in capsys.readouterr().out
+    assert lines == [
+        f'RPSwin: loaded {n} tensors, 100.0% of the parameters, from {path}'
+    ]
 
 
 def test_stages_that_are_not_built_may_be_in_the_checkpoint(tmp_path):

@@ -27,12 +27,13 @@ def test_any_image_size_from_one_patch_up(family, attention):
         x = torch.linspace(-1, 1, 2 * 3 * size[0] * size[1]).view(2, 3, *size)
         maps = model(x)
         assert isinstance(maps, tuple)
-        for m, c, s in zip(maps, model.out_channels, model.strides):
+        for m, c, s in zip(
+                maps, model.out_channels, model.strides, strict=True):
             assert m.shape == (2, c, -(-size[0] // s), -(-size[1] // s))
             assert m.is_contiguous() and m.isfinite().all()
         if size == (64, 64):
             if first is not None:  # nothing is remembered between batches
-                for a, b in zip(first, maps):
+                for a, b in zip(first, maps, strict=True):
                     torch.testing.assert_close(a, b)
             first = maps
 
@@ -49,7 +50,8 @@ def test_out_indices(family, out_indices):
     x = torch.randn(2, 3, 64, 96)
     all_maps, maps = everything(x), model(x)
     assert len(maps) == len(model.out_channels) == len(wanted)
-    for m, i, c, s in zip(maps, wanted, model.out_channels, model.strides):
+    for m, i, c, s in zip(
+            maps, wanted, model.out_channels, model.strides, strict=True):
         torch.testing.assert_close(m, all_maps[i])
         assert c == everything.out_channels[i] and c == m.shape[1]
         assert s == everything.strides[i]
@@ -81,7 +83,7 @@ def test_checkpointing_changes_no_output_and_no_gradient(family, attention):
         maps = model(x)
         sum(m.square().sum() for m in maps).backward()
         results.append([*maps, *(p.grad for p in model.parameters())])
-    for a, b in zip(*results):
+    for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
@@ -140,7 +142,7 @@ def test_norm_of_the_outputs(family, norm_cfg):
     model = build(family, norm_cfg=norm_cfg)
     model.load_state_dict(bare.state_dict(), strict=False)
     x = torch.randn(3, 3, 64, 96)
-    for m, raw in zip(model(x), bare(x)):
+    for m, raw in zip(model(x), bare(x), strict=True):
         if norm_cfg is None:
             torch.testing.assert_close(m, raw)
             continue
@@ -183,7 +185,7 @@ def test_state_dict_round_trip_is_exact(family):
     x = torch.randn(1, 3, 64, 64)
     assert not torch.equal(source(x)[-1], target(x)[-1])
     target.load_state_dict(source.state_dict(), strict=True)
-    for a, b in zip(source(x), target(x)):
+    for a, b in zip(source(x), target(x), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 

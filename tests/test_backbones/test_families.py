@@ -1,5 +1,7 @@
 """What is special about each family, and its size."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from zoo import build
@@ -63,7 +65,8 @@ def closed_form(cls, dims, depths, heads, ratios):
     """Parameters of the classification backbone (last output only)."""
     ms = [64] if cls is RPDeiT else [16, 32, 64, 64]
     total = sum(n * block_params(c, h, m, r)
-                for c, n, h, m, r in zip(dims, depths, heads, ms, ratios))
+                for c, n, h, m, r in zip(
+                    dims, depths, heads, ms, ratios, strict=True))
     c0 = dims[0]
     if cls is RPDeiT:
         stem = 16 * 16 * 3 * c0 + c0 + c0 + 197 * c0
@@ -71,7 +74,7 @@ def closed_form(cls, dims, depths, heads, ratios):
         kernel = 7 if cls is RPCSWin else 4
         stem = kernel * kernel * 3 * c0 + c0 + 2 * c0
     downs = 0
-    for a, b in zip(dims, dims[1:]):
+    for a, b in pairwise(dims):
         if cls is RPSwin:
             downs += 2 * 4 * a + 4 * a * b
         else:
@@ -101,7 +104,7 @@ def test_deit_output_types(with_cls):
     pooled = build('deit', with_cls_token=with_cls, out_indices=(1, 3),
                    out_type='avg_featmap')
     pooled.load_state_dict(maps.state_dict())
-    for vector, m in zip(pooled(x), grid):
+    for vector, m in zip(pooled(x), grid, strict=True):
         assert vector.shape == (2, 16)
         torch.testing.assert_close(vector, m.mean((2, 3)))
     if not with_cls:

@@ -86,7 +86,7 @@ def test_values_and_all_gradients_equal_loops(options, num_cls):
     results = []
     for out in (layer(x, (2, 3)), expected_output(layer, x, (2, 3), num_cls)):
         results.append([out, *torch.autograd.grad(out, wanted, grad)])
-    for actual, expected in zip(*results):
+    for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-10)
 
 

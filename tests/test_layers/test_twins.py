@@ -32,8 +32,9 @@ def attend_cells(q, k, v, num_heads, allowed):
                 for j, bias in cells
             ])
             weights = logits.softmax(0)
-            parts.append(sum(w * v[j, s]
-                             for w, (j, _) in zip(weights, cells)))
+            parts.append(
+                sum(w * v[j, s]
+                    for w, (j, _) in zip(weights, cells, strict=True)))
         rows.append(torch.cat(parts))
     return torch.stack(rows)
 
@@ -49,8 +50,9 @@ def same_with_gradients(layer, x, hw_shape, expected_function):
     wanted = [x, *layer.parameters()]
     actual, expected = layer(x, hw_shape), expected_function()
     grad = torch.randn_like(actual)
-    for a, e in zip([actual, *torch.autograd.grad(actual, wanted, grad)],
-                    [expected, *torch.autograd.grad(expected, wanted, grad)]):
+    results = ([out, *torch.autograd.grad(out, wanted, grad)]
+               for out in (actual, expected))
+    for a, e in zip(*results, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-8, atol=1e-10)
 
 
@@ -161,11 +163,10 @@ def test_cross_shaped_windows(split, hw_shape):
         padded = F.pad(
             x.view(height, width, 8), (0, 0, 0, pw - width, 0, ph - height))
         qkv = layer.qkv(padded.view(-1, 8)).chunk(3, dim=-1)
-        outs = []
+        outs, zero = [], torch.zeros(2).double()
         for b in range(branches):
             part = slice(b * 8 // branches, (b + 1) * 8 // branches)
             q, k, v = (t[:, part] for t in qkv)
-            zero = torch.zeros(2).double()
 
             def same(i, b=b):
                 home = stripe(b, *divmod(i, pw))

@@ -48,7 +48,7 @@ def test_values_and_all_gradients_equal_loops(options, weight, anchors, proj):
     actual = run(rp_attention, tensors, grad, **options)
     expected = run(oracle.rp_attention, tensors, grad, **options)
     assert len(actual) == 6 + proj
-    for a, e in zip(actual, expected):
+    for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-11)
 
 
@@ -57,7 +57,7 @@ def test_awkward_sizes_equal_loops(n, m):
     tensors = make_inputs(batch=1, n=n, m=m)
     grad = torch.randn_like(tensors[0])
     for a, e in zip(run(rp_attention, tensors, grad),
-                    run(oracle.rp_attention, tensors, grad)):
+                    run(oracle.rp_attention, tensors, grad), strict=True):
         torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-11)
 
 
@@ -94,12 +94,13 @@ def test_duplicating_tokens_keeps_the_representatives():
     once = gather(k, v, anchors)
     twice = gather(
         torch.cat((k, k), dim=2), torch.cat((v, v), dim=2), anchors)
-    for a, b in zip(once, twice):
+    for a, b in zip(once, twice, strict=True):
         torch.testing.assert_close(a, b)
     doubled = gather(
         torch.cat((k, k), dim=2), torch.cat((v, v), dim=2), anchors,
         reduction='sum')
-    for a, b in zip(gather(k, v, anchors, reduction='sum'), doubled):
+    summed = gather(k, v, anchors, reduction='sum')
+    for a, b in zip(summed, doubled, strict=True):
         torch.testing.assert_close(2 * a, b)
 
 
@@ -176,7 +177,7 @@ BAD = {
 @pytest.mark.parametrize('shapes,error,match', BAD.values(), ids=BAD)
 def test_bad_shapes_are_named(shapes, error, match):
     names = ('q', 'k', 'v', 'anchors', 'interact_weight')
-    tensors = dict(zip(names, make_inputs()))
+    tensors = dict(zip(names, make_inputs(), strict=True))
     tensors.update({name: torch.zeros(shape)
                     for name, shape in shapes.items()})
     with pytest.raises(error, match=match):
