@@ -3,8 +3,9 @@
 import pytest
 import torch
 from mmengine.runner.checkpoint import load_checkpoint
-from mmrpa.backbones import checkpoint
 from zoo import build
+
+from mmrpa.backbones import checkpoint
 
 
 def save(path, model, prefix='', wrap=True):

@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import json
 import os
 import re
 import shutil
@@ -245,6 +246,30 @@ def test_mmcv_comes_from_cache_or_is_built(tree, monkeypatch, capsys, cached,
     assert setup.locks == (0,)  # the cache's lock was given back
 
 
+def test_build_leaves_whole_wheels_only(tree, monkeypatch):
+    folder = tree / 'cache'
+    (folder / 'build-killed').mkdir(parents=True)
+    setup = setup_env.Setup(tree, setup_env.read_wanted(tree), 0)
+    monkeypatch.setattr(setup_parts, 'build_problem', lambda *args: None)
+    monkeypatch.setenv('MAX_JOBS', '3')
+    name = 'onedl_mmcv-2.3.6-cp311-cp311-linux_x86_64.whl'
+    members = ['mmcv/__init__.py']
+
+    def call(command, what, env):
+        assert env['MMCV_WITH_OPS'] == '1' and env['MAX_JOBS'] == '3'
+        assert env['FORCE_CUDA'] == '0' and env['CUDA_VISIBLE_DEVICES'] == ''
+        assert '--no-build-isolation' in command
+        make_wheel(Path(command[command.index('-w') + 1]) / name, members)
+
+    monkeypatch.setattr(setup, 'call', call)
+    with pytest.raises(SetupError, match='without compiled ops'):
+        setup.build_mmcv(folder, FACTS)
+    assert list(folder.iterdir()) == []
+    members.append('mmcv/_ext.so')
+    assert setup.build_mmcv(folder, FACTS) == folder / name
+    assert list(folder.iterdir()) == [folder / name]
+
+
 def test_lock_is_held_until_the_last_child_ends(tmp_path, capsys):
     with setup_parts.file_lock(tmp_path / 'lock', 'set-up') as lock:
         child = subprocess.Popen(['sleep', '1'], pass_fds=[lock])
@@ -334,6 +359,16 @@ def test_cannot_compile(tmp_path, monkeypatch):
     monkeypatch.setenv('CXX', make_program(tmp_path / 'cxx',
                                            'echo no vector; exit 1'))
     assert 'no vector' in setup_parts.build_problem(python, False)
+
+
+def test_gpu_that_torch_cannot_use(tree, monkeypatch):
+    setup = setup_env.Setup(tree, setup_env.read_wanted(tree), 0)
+    facts = json.dumps(dict(FACTS, capability=None))
+    monkeypatch.setattr(setup, 'call', lambda *args: ['a warning', facts])
+    assert setup.torch_facts()['cuda'] == '13.0'
+    setup.gpu = True
+    with pytest.raises(SetupError, match='update the driver.*MMRPA_CPU=1'):
+        setup.torch_facts()
 
 
 @pytest.mark.parametrize('name, value', [

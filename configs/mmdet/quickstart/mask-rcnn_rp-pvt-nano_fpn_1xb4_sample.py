@@ -24,7 +24,7 @@ model = dict(
         norm_cfg=norm_cfg,
         init_cfg=dict(
             type='Pretrained',
-            checkpoint='work_dirs/quickstart/classifier/epoch_10.pth',
+            checkpoint='work_dirs/quickstart/classifier/epoch_5.pth',
             prefix='backbone.')),
     neck=dict(
         in_channels=[32, 64, 128, 160],
@@ -49,7 +49,7 @@ model = dict(
     train_cfg=dict(
         rpn=dict(sampler=dict(num=128)),
         rpn_proposal=dict(nms_pre=500, max_per_img=200),
-        rcnn=dict(sampler=dict(num=128))),
+        rcnn=dict(sampler=dict(num=64))),
     test_cfg=dict(rpn=dict(nms_pre=500, max_per_img=200)))
 
 train_pipeline = [

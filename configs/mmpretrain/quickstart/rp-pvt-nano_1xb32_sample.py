@@ -68,16 +68,16 @@ param_scheduler = [
     dict(
         type='CosineAnnealingLR',
         eta_min=1e-5,
-        T_max=10,
+        T_max=5,
         by_epoch=True,
         begin=0,
-        end=10,
+        end=5,
         convert_to_iter_based=True)
 ]
-train_cfg = dict(by_epoch=True, max_epochs=10, val_interval=10)
+train_cfg = dict(by_epoch=True, max_epochs=5, val_interval=5)
 val_cfg = dict()
 test_cfg = dict()
 default_hooks = dict(
-    logger=dict(interval=5), checkpoint=dict(interval=10, max_keep_ckpts=1))
+    logger=dict(interval=5), checkpoint=dict(interval=5, max_keep_ckpts=1))
 randomness = dict(seed=0)
 auto_scale_lr = dict(enable=False, base_batch_size=32)

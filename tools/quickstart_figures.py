@@ -1,0 +1,177 @@
+"""The figures and the table that `make quickstart` ends with."""
+
+from pathlib import Path
+from typing import Dict, List, Sequence
+
+import matplotlib
+import mmcv
+import numpy as np
+import torch
+from mmengine.config import Config
+
+from mmrpa.visualization import paint_routing, record_routing
+
+matplotlib.use('Agg')  # no screen needed
+
+from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.patches import Rectangle  # noqa: E402
+
+SCORE_THR = 0.5
+
+
+def _grid(rows: int, titles: Sequence[str]) -> tuple:
+    """A tight grid of square axes with a title over each column."""
+    figure, axes = plt.subplots(
+        rows,
+        len(titles),
+        figsize=(1.65 * len(titles), 1.65 * rows + 0.25),
+        squeeze=False,
+        gridspec_kw=dict(wspace=0.04, hspace=0.04))
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.spines[:].set_visible(False)
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title, fontsize=8)
+    return figure, axes
+
+
+def _save(figure, path: Path) -> None:
+    figure.savefig(path, dpi=200, bbox_inches='tight', pad_inches=0.03)
+    plt.close(figure)
+
+
+def _draw_instances(axis, image: np.ndarray, boxes, masks, labels,
+                    colors: np.ndarray, names: Sequence[str],
+                    scores=None) -> None:
+    shown = image.astype(float) / 255
+    for mask, label in zip(masks, labels, strict=True):
+        shown[mask] = 0.5 * shown[mask] + 0.5 * colors[label]
+    axis.imshow(shown)
+    for i, (box, label) in enumerate(zip(boxes, labels, strict=True)):
+        x1, y1, x2, y2 = box
+        axis.add_patch(
+            Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, linewidth=1,
+                      edgecolor=colors[label]))
+        text = names[label] if scores is None else (
+            f'{names[label]} {scores[i]:.2f}')
+        axis.text(
+            max(x1, 1), max(y1 - 1, 7), text, fontsize=4.5, color='white',
+            bbox=dict(facecolor=colors[label], pad=0.6, linewidth=0))
+
+
+def draw_detections(config: str, checkpoint: str, path: Path,
+                    num_images: int = 4) -> None:
+    """Image, ground truth and prediction of held-out images.
+
+    Args:
+        config (str): The detector's config.
+        checkpoint (str): Its weights.
+        path (Path): The PNG to write.
+        num_images (int): Rows of the figure.
+    """
+    from mmdet.apis import inference_detector, init_detector
+    from mmdet.registry import DATASETS
+    model = init_detector(config, checkpoint, device='cpu')
+    cfg = Config.fromfile(config)
+    dataset = DATASETS.build(cfg.test_dataloader.dataset)
+    names = cfg.classes
+    colors = plt.get_cmap('tab10').colors
+    colors = np.array(colors)[:len(names)]
+    figure, axes = _grid(num_images, ('image', 'ground truth',
+                                      f'prediction (score > {SCORE_THR})'))
+    for row, i in zip(axes, _busiest(dataset, num_images), strict=True):
+        sample = dataset[i]['data_samples']
+        image = mmcv.imread(sample.img_path, channel_order='rgb')
+        row[0].imshow(image)
+        truth = sample.gt_instances
+        _draw_instances(row[1], image, truth.bboxes.tensor,
+                        truth.masks.masks.astype(bool), truth.labels, colors,
+                        names)
+        found = inference_detector(model, sample.img_path).pred_instances
+        found = found[found.scores > SCORE_THR].numpy()
+        _draw_instances(row[2], image, found.bboxes, found.masks,
+                        found.labels, colors, names, found.scores)
+        for axis in row:
+            axis.set_xlim(-0.5, image.shape[1] - 0.5)
+            axis.set_ylim(image.shape[0] - 0.5, -0.5)
+    _save(figure, path)
+
+
+def _busiest(dataset, num: int) -> List[int]:
+    """The first images with the most objects: occlusion is what is hard."""
+    counts = [len(dataset.get_data_info(i)['instances'])
+              for i in range(len(dataset))]
+    return sorted(range(len(dataset)), key=lambda i: -counts[i])[:num]
+
+
+def draw_segmentation(config: str, checkpoint: str, path: Path,
+                      num_images: int = 4) -> None:
+    """Image, label map and prediction of held-out images.
+
+    Args:
+        config (str): The segmentor's config.
+        checkpoint (str): Its weights.
+        path (Path): The PNG to write.
+        num_images (int): Rows of the figure.
+    """
+    from mmseg.apis import inference_model, init_model
+    from mmseg.registry import DATASETS
+    model = init_model(config, checkpoint, device='cpu')
+    cfg = Config.fromfile(config)
+    dataset = DATASETS.build(cfg.test_dataloader.dataset)
+    palette = np.array(cfg.palette) / 255
+    figure, axes = _grid(num_images, ('image', 'ground truth', 'prediction'))
+    for row, i in zip(axes, range(num_images), strict=True):
+        sample = dataset[i]['data_samples']
+        image = mmcv.imread(sample.img_path, channel_order='rgb')
+        row[0].imshow(image)
+        truth = sample.gt_sem_seg.data[0].numpy()
+        unlabelled = truth == 255
+        shown = palette[np.where(unlabelled, 0, truth)]
+        shown[unlabelled] = 1
+        row[1].imshow(shown)
+        result = inference_model(model, sample.img_path)
+        row[2].imshow(palette[result.pred_sem_seg.data[0].numpy()])
+    _save(figure, path)
+
+
+def draw_routing(config: str, checkpoint: str, path: Path,
+                 num_images: int = 4) -> None:
+    """The representatives of each stage's last block as soft segments.
+
+    Args:
+        config (str): The detector's config.
+        checkpoint (str): Its weights.
+        path (Path): The PNG to write.
+        num_images (int): Rows of the figure.
+    """
+    from mmdet.apis import inference_detector, init_detector
+    from mmdet.registry import DATASETS
+    model = init_detector(config, checkpoint, device='cpu')
+    dataset = DATASETS.build(Config.fromfile(config).test_dataloader.dataset)
+    figure = None
+    for i, index in enumerate(_busiest(dataset, num_images)):
+        image = dataset.get_data_info(index)['img_path']
+        with record_routing(model.backbone) as maps, torch.no_grad():
+            inference_detector(model, image)
+        last = _last_of_each_stage(maps)
+        if figure is None:
+            titles = [
+                f'stage {s + 1}, M = {p.shape[2]}'
+                for s, p in enumerate(last)
+            ]
+            figure, axes = _grid(num_images, ['image', *titles])
+        pixels = mmcv.imread(image, channel_order='rgb')
+        axes[i, 0].imshow(pixels)
+        for axis, routing in zip(axes[i, 1:], last, strict=True):
+            axis.imshow(paint_routing(routing[0, 0], pixels.shape[:2]))
+    _save(figure, path)
+
+
+def _last_of_each_stage(maps: Dict[str, torch.Tensor]) -> List[torch.Tensor]:
+    """'stages.2.blocks.1.attn' and the like, in order: the last one wins."""
+    last = {}
+    for name, routing in maps.items():
+        last[int(name.split('.')[1])] = routing
+    return [last[stage] for stage in sorted(last)]
