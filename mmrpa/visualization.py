@@ -45,18 +45,36 @@ def record_routing(model: nn.Module) -> Iterator[Dict[str, Tensor]]:
             handle.remove()
 
 
+def effective_representatives(routing: Tensor) -> float:
+    """How many representatives hold the tokens of an image.
+
+    Args:
+        routing (Tensor): P as maps, (B, h, M, H, W).
+
+    Returns:
+        float: exp of the entropy of the representatives' mean shares, averaged
+        over images and heads: M if all hold the same, 1 if one holds all.
+    """
+    share = routing.double().mean((-2, -1))  # (B, h, M)
+    share = share / share.sum(-1, keepdim=True)
+    return torch.special.entr(share).sum(-1).exp().mean().item()
+
+
 def representative_colors(num: int) -> np.ndarray:
     """``num`` colours that are easy to tell apart, the same at every call.
 
     Returns:
-        ndarray: (num, 3) RGB, float in [0, 1]. Hues go around by the golden
-        angle, so the first k of them are well spread for every k.
+        ndarray: (num, 3) RGB, float in [0, 1]. The first is a light grey, for
+        what is most of an image; the hues of the others go around by the
+        golden angle, so the first k of them are well spread for every k.
     """
     from matplotlib.colors import hsv_to_rgb
     i = np.arange(num)
-    return hsv_to_rgb(
-        np.stack([(0.58 + i * 0.61803398875) % 1, 0.55 + 0.3 * (i % 3 == 1),
-                  0.95 - 0.3 * (i % 2)], axis=-1))  # yapf: disable
+    colors = hsv_to_rgb(
+        np.stack([(0.02 + i * 0.61803398875) % 1, 0.8 - 0.35 * (i % 3 == 2),
+                  0.95 - 0.35 * (i % 4 == 3)], axis=-1))  # yapf: disable
+    colors[0] = 0.88
+    return colors
 
 
 def paint_routing(routing: Tensor, size: tuple) -> np.ndarray:

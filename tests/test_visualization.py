@@ -5,6 +5,7 @@ import torch
 from zoo import build
 
 from mmrpa.visualization import (
+    effective_representatives,
     paint_routing,
     record_routing,
     representative_colors,
@@ -49,3 +50,16 @@ def test_colours_are_stable_and_differ():
     colors = representative_colors(64)
     assert (representative_colors(16) == colors[:16]).all()
     assert len({tuple(c.round(2)) for c in colors}) == 64
+
+
+def test_effective_representatives_counts_those_in_use():
+    one = torch.zeros(1, 1, 8, 2, 2)
+    one[:, :, 3] = 1
+    assert effective_representatives(one) == pytest.approx(1)
+    assert effective_representatives(
+        torch.full((2, 3, 8, 2, 2), 1 / 8)) == pytest.approx(8)
+    halves = torch.zeros(1, 1, 8, 2, 2)
+    halves[:, :, 0, 0] = halves[:, :, 1, 1] = 1  # a row each
+    assert effective_representatives(halves) == pytest.approx(2)
+    both = torch.cat((one, halves), dim=1)
+    assert effective_representatives(both) == pytest.approx(1.5)

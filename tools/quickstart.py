@@ -49,7 +49,7 @@ PARTS = (
         }, False),
     Part(
         'segmentor', 'mmseg', 'configs/mmseg/quickstart/'
-        'rp-pvt-nano_upernet_1xb8-400_sample-128x128.py', {'mIoU': 'mIoU'},
+        'rp-pvt-nano_upernet_1xb8-300_sample-128x128.py', {'mIoU': 'mIoU'},
         True),
 )
 

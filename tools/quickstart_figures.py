@@ -9,7 +9,11 @@ import numpy as np
 import torch
 from mmengine.config import Config
 
-from mmrpa.visualization import paint_routing, record_routing
+from mmrpa.visualization import (
+    effective_representatives,
+    paint_routing,
+    record_routing,
+)
 
 matplotlib.use('Agg')  # no screen needed
 
@@ -32,7 +36,7 @@ def _grid(rows: int, titles: Sequence[str]) -> tuple:
         axis.set_yticks([])
         axis.spines[:].set_visible(False)
     for axis, title in zip(axes[0], titles, strict=True):
-        axis.set_title(title, fontsize=8)
+        axis.set_title(title, fontsize=7)
     return figure, axes
 
 
@@ -56,7 +60,8 @@ def _draw_instances(axis, image: np.ndarray, boxes, masks, labels,
         text = names[label] if scores is None else (
             f'{names[label]} {scores[i]:.2f}')
         axis.text(
-            max(x1, 1), max(y1 - 1, 7), text, fontsize=4.5, color='white',
+            max(x1, 1) + 1, max(y1 - 2, 7), text, fontsize=4.5, color='white',
+            clip_on=True,
             bbox=dict(facecolor=colors[label], pad=0.6, linewidth=0))
 
 
@@ -79,7 +84,7 @@ def draw_detections(config: str, checkpoint: str, path: Path,
     colors = plt.get_cmap('tab10').colors
     colors = np.array(colors)[:len(names)]
     figure, axes = _grid(num_images, ('image', 'ground truth',
-                                      f'prediction (score > {SCORE_THR})'))
+                                      f'prediction, score > {SCORE_THR}'))
     for row, i in zip(axes, _busiest(dataset, num_images), strict=True):
         sample = dataset[i]['data_samples']
         image = mmcv.imread(sample.img_path, channel_order='rgb')
@@ -140,6 +145,9 @@ def draw_routing(config: str, checkpoint: str, path: Path,
                  num_images: int = 4) -> None:
     """The representatives of each stage's last block as soft segments.
 
+    A title also says how many representatives are in use: exp of the entropy
+    of their mean shares, averaged over heads and images.
+
     Args:
         config (str): The detector's config.
         checkpoint (str): Its weights.
@@ -150,22 +158,25 @@ def draw_routing(config: str, checkpoint: str, path: Path,
     from mmdet.registry import DATASETS
     model = init_detector(config, checkpoint, device='cpu')
     dataset = DATASETS.build(Config.fromfile(config).test_dataloader.dataset)
-    figure = None
-    for i, index in enumerate(_busiest(dataset, num_images)):
+    images, recorded = [], []
+    for index in _busiest(dataset, num_images):
         image = dataset.get_data_info(index)['img_path']
         with record_routing(model.backbone) as maps, torch.no_grad():
             inference_detector(model, image)
-        last = _last_of_each_stage(maps)
-        if figure is None:
-            titles = [
-                f'stage {s + 1}, M = {p.shape[2]}'
-                for s, p in enumerate(last)
-            ]
-            figure, axes = _grid(num_images, ['image', *titles])
-        pixels = mmcv.imread(image, channel_order='rgb')
-        axes[i, 0].imshow(pixels)
-        for axis, routing in zip(axes[i, 1:], last, strict=True):
-            axis.imshow(paint_routing(routing[0, 0], pixels.shape[:2]))
+        images.append(mmcv.imread(image, channel_order='rgb'))
+        recorded.append(_last_of_each_stage(maps))
+    titles = ['image']
+    for stage, maps in enumerate(zip(*recorded, strict=True), start=1):
+        used = np.mean([effective_representatives(p) for p in maps])
+        titles.append(f'stage {stage}: {used:.1f} of {maps[0].shape[2]} used')
+    figure, axes = _grid(num_images, titles)
+    for row, pixels, maps in zip(axes, images, recorded, strict=True):
+        row[0].imshow(pixels)
+        for axis, routing in zip(row[1:], maps, strict=True):
+            # The head that uses most of its representatives shows most.
+            head = max(range(routing.shape[1]), key=lambda h, p=routing:
+                       effective_representatives(p[:, h:h + 1]))
+            axis.imshow(paint_routing(routing[0, head], pixels.shape[:2]))
     _save(figure, path)
 
 

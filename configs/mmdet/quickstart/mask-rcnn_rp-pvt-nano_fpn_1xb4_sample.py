@@ -9,8 +9,7 @@ _base_ = [
 classes = ('cross', 'disc', 'square', 'star', 'triangle')
 norm_cfg = dict(type='BN')
 strides = [4, 8, 16, 32]
-# Boxes are 12 to 70 pixels, an eighth of COCO's.
-roi_extractor = dict(out_channels=64, finest_scale=28)
+roi_extractor = dict(out_channels=64)
 model = dict(
     backbone=dict(
         _delete_=True,
@@ -38,7 +37,15 @@ model = dict(
     roi_head=dict(
         bbox_roi_extractor=roi_extractor,
         bbox_head=dict(
-            in_channels=64, fc_out_channels=256, num_classes=len(classes)),
+            type='ConvFCBBoxHead',
+            num_shared_convs=2,
+            num_shared_fcs=1,
+            in_channels=64,
+            conv_out_channels=64,
+            fc_out_channels=256,
+            norm_cfg=norm_cfg,
+            reg_class_agnostic=True,
+            num_classes=len(classes)),
         mask_roi_extractor=roi_extractor,
         mask_head=dict(
             num_convs=2,

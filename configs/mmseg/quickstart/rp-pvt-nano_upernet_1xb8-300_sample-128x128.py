@@ -39,7 +39,11 @@ model = dict(
         num_classes=len(classes),
         norm_cfg=norm_cfg,
         align_corners=False,
-        loss_decode=dict(type='CrossEntropyLoss')),
+        # Background is 87 % of the pixels: unweighted, two of the five shapes
+        # still had an IoU of 0 after 400 steps.
+        loss_decode=dict(
+            type='CrossEntropyLoss',
+            class_weight=[0.2, 1., 1., 1., 1., 1.])),
     train_cfg=dict(),
     test_cfg=dict(mode='whole'))
 
@@ -94,7 +98,7 @@ test_evaluator = val_evaluator
 
 optim_wrapper = dict(
     type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
+    optimizer=dict(type='AdamW', lr=2e-3, weight_decay=0.05),
     paramwise_cfg=dict(
         norm_decay_mult=0.,
         bias_decay_mult=0.,
@@ -102,10 +106,10 @@ optim_wrapper = dict(
             anchors=dict(decay_mult=0.), pos_embed=dict(decay_mult=0.))))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=25),
-    dict(type='PolyLR', power=0.9, eta_min=1e-5, begin=0, end=400,
+    dict(type='PolyLR', power=0.9, eta_min=1e-5, begin=0, end=300,
          by_epoch=False)
 ]
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=400, val_interval=400)
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=300, val_interval=300)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 default_hooks = dict(
@@ -113,7 +117,7 @@ default_hooks = dict(
     logger=dict(type='LoggerHook', interval=10, log_metric_by_epoch=False),
     param_scheduler=dict(type='ParamSchedulerHook'),
     checkpoint=dict(
-        type='CheckpointHook', by_epoch=False, interval=400,
+        type='CheckpointHook', by_epoch=False, interval=300,
         max_keep_ckpts=1),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='SegVisualizationHook'))
