@@ -1,9 +1,8 @@
 """Counting multiply-adds without running anything.
 
-The counters that MM hosts ship miss scaled_dot_product_attention, 94 % of a
-dense stage; torch's own misses it on the CPU. On the meta device, where no
-number is computed, torch's counter sees every product, so all counts here are
-made there.
+The counters that MM hosts ship miss scaled_dot_product_attention; torch's own
+misses it on the CPU. On the meta device, where no number is computed, torch's
+counter sees every product, so all counts here are made there.
 """
 
 from typing import Any, Dict, Mapping, NamedTuple, Optional, Tuple
@@ -69,7 +68,7 @@ def count_backbone(cfg: Mapping[str, Any], hw_shape: Tuple[int, int],
     if attention is not None:
         cfg['attention'] = attention
     with torch.device('meta'):
-        backbone = MODELS.build(cfg)
+        backbone = MODELS.build(cfg).eval()
         images = torch.empty(1, backbone.in_channels, *hw_shape)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         backbone(images)
@@ -122,7 +121,7 @@ def count_model(cfg: Config, hw_shape: Tuple[int, int]) -> Count:
     init_default_scope(cfg.default_scope)
     with torch.device('meta'):
         model = MODELS.build(cfg.model).eval()
-        images = torch.empty(1, 3, *hw_shape)
+        images = torch.empty(1, model.backbone.in_channels, *hw_shape)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         if hasattr(model, 'roi_head'):
             _run_two_stage(model, images)

@@ -27,14 +27,14 @@ def record_routing(model: nn.Module) -> Iterator[Dict[str, Tensor]]:
 
     def hook(name):
 
-        def record(module, args):
+        def record(module, args, kwargs):
             with torch.no_grad():
-                maps[name] = module.routing_map(*args).cpu()
+                maps[name] = module.routing_map(*args, **kwargs).cpu()
 
         return record
 
     handles = [
-        module.register_forward_pre_hook(hook(name))
+        module.register_forward_pre_hook(hook(name), with_kwargs=True)
         for name, module in model.named_modules()
         if isinstance(module, RPAttention)
     ]
@@ -86,9 +86,12 @@ def paint_routing(routing: Tensor, size: tuple) -> np.ndarray:
 
     Returns:
         ndarray: (H, W, 3) RGB, float in [0, 1]. A pixel is the mean of the
-        representatives' colours, weighted by its routing. Colours go by mass,
-        so that the representatives that hold most of the image differ most.
+        representatives' colours, weighted by its shares of the routing.
+        Colours go by mass, so that the representatives that hold most of the
+        image differ most.
     """
+    # Routing over tokens does not sum to 1 over the representatives.
+    routing = routing / routing.sum(0, keepdim=True)
     big = nn.functional.interpolate(
         routing[None].float(), size=size, mode='bilinear',
         align_corners=False)[0]

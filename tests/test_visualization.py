@@ -4,6 +4,7 @@ import pytest
 import torch
 from zoo import build
 
+from mmrpa.layers import RPAttention
 from mmrpa.visualization import (
     effective_representatives,
     paint_routing,
@@ -33,6 +34,20 @@ def test_every_layer_is_recorded_as_it_runs(family):
     maps.clear()
     model(x)
     assert not maps  # and ends with the block
+
+
+@pytest.mark.parametrize('how', ['keyword', 'map'])
+def test_a_bare_layer_is_recorded_however_it_is_called(how):
+    model = torch.nn.ModuleDict(dict(attn=RPAttention(8, 2, 4)))
+    x = torch.randn(2, 8, 3, 5)
+    tokens = x.flatten(2).transpose(1, 2)
+    with record_routing(model) as maps:
+        if how == 'map':
+            model.attn(x)
+        else:
+            model.attn(tokens, hw_shape=(3, 5))
+    torch.testing.assert_close(maps['attn'],
+                               model.attn.routing_map(tokens, (3, 5)))
 
 
 def test_a_pixel_has_the_mixed_colours_of_its_representatives():

@@ -60,6 +60,7 @@ def get_flops(config: str,
 
     Raises:
         FileNotFoundError: No such config.
+        TypeError: The backbone has an unknown argument.
         ValueError: It has no backbone of mmrpa, or an unknown scope.
     """
     cfg = Config.fromfile(config)
@@ -125,7 +126,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     args = parse_args(argv)
     try:
         report = get_flops(args.config, args.shape, args.cfg_options)
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, TypeError, ValueError) as error:
         print(f'get_flops: {error}', file=sys.stderr)
         return 2
     print(json.dumps(report, indent=2) if args.json else format_table(report))

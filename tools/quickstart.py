@@ -66,7 +66,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument(
         '--work-dir',
         type=Path,
-        default=Path('work_dirs/quickstart'),
+        default=ROOT / 'work_dirs/quickstart',
         help='logs, checkpoints and figures (default: %(default)s)')
     return parser.parse_args(argv)
 
@@ -197,8 +197,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the tool; returns the exit code."""
     args = parse_args(argv)
     start = time.monotonic()
-    os.chdir(ROOT)  # the configs name data/sample
     work_dir = args.work_dir.resolve()
+    os.chdir(ROOT)  # the configs name data/sample
     try:
         make_sample_data(ROOT / 'data/sample')
         results: Dict[str, Dict[str, object]] = {}

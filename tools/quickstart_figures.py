@@ -1,4 +1,4 @@
-"""The figures and the table that `make quickstart` ends with."""
+"""The figures that `make quickstart` ends with."""
 
 from pathlib import Path
 from typing import Dict, List, Sequence

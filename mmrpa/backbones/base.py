@@ -124,9 +124,10 @@ def per_stage(name: str, value: PerStage, num_stages: int) -> Tuple[Any, ...]:
 
 def _reject_unknown_arguments(init: Callable) -> Callable:
     """Say what is allowed where Python would only say what is not."""
-    allowed = [
-        name for name in inspect.signature(init).parameters if name != 'self'
-    ]
+    parameters = inspect.signature(init).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return init  # it hands them on, and the next init looks at them
+    allowed = [name for name in parameters if name != 'self']
 
     @functools.wraps(init)
     def checked(self, *args, **kwargs):
@@ -192,7 +193,8 @@ class RPBackbone(BaseModule):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        cls.__init__ = _reject_unknown_arguments(cls.__init__)
+        if '__init__' in cls.__dict__:
+            cls.__init__ = _reject_unknown_arguments(cls.__init__)
 
     def __init__(self, arch: Arch, in_channels: int, attention: PerStage,
                  num_representatives: PerStage, rp_cfg: Optional[Mapping],
@@ -206,6 +208,7 @@ class RPBackbone(BaseModule):
         self.in_channels = in_channels
         self.attention = per_stage('attention', attention, self.num_stages)
         self._check_attention()
+        self._check_rp_cfg(rp_cfg or {})
         self.rp_cfgs = [
             dict(rp_cfg or {}, num_representatives=m) for m in per_stage(
                 'num_representatives', num_representatives, self.num_stages)
@@ -435,6 +438,19 @@ class RPBackbone(BaseModule):
             if name not in allowed:
                 raise ValueError(f'attention of {type(self).__name__} must be '
                                  f'out of {tuple(allowed)}, got {name!r}')
+
+    def _check_rp_cfg(self, rp_cfg: Mapping[str, Any]) -> None:
+        own = dict(
+            embed_dims='arch',
+            num_heads='arch',
+            num_representatives='num_representatives',
+            qkv_bias='qkv_bias',
+            proj_drop='drop_rate')
+        for name in rp_cfg:
+            if name in own:
+                raise ValueError(
+                    f'rp_cfg has {name}={rp_cfg[name]!r}; set it by the '
+                    f'argument {own[name]} of {type(self).__name__} instead')
 
     def _parse_out_indices(self,
                            out_indices: Sequence[int]) -> Tuple[int, ...]:

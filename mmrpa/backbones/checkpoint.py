@@ -21,23 +21,20 @@ PREFIXES = ('', 'backbone.', 'module.backbone.', 'model.backbone.', 'module.',
 
 def check_state_dict(backbone: nn.Module,
                      state_dict: Mapping[str, Tensor],
-                     prefix: str = '',
-                     max_missing: float = 0.5) -> Dict[str, int]:
+                     prefix: str = '') -> Dict[str, int]:
     """Check that weights were made for this backbone.
 
-    Output norms may be missing, as may any part up to ``max_missing``; weights
-    of stages that ``out_indices`` leaves unbuilt may be there.
+    Output norms may be missing, and weights of stages that ``out_indices``
+    leaves unbuilt may be there; all else must be there in its shape.
 
     Args:
         backbone (RPBackbone): What the weights are for.
         state_dict (Mapping): The weights.
         prefix (str): What stands before the backbone's own names in it.
-        max_missing (float): The largest part of the tensors that may be
-            missing.
 
     Returns:
-        dict[str, int]: Tensors ``loaded`` and ``missing`` and numbers
-        ``carried`` and ``total``.
+        dict[str, int]: Tensors ``loaded``, numbers ``carried`` and ``total``,
+        and tables to be ``resized``.
 
     Raises:
         ValueError: They were not; with the keys, how many, and what to do.
@@ -60,14 +57,14 @@ def check_state_dict(backbone: nn.Module,
         f'{key} {tuple(given[key].shape)} for {tuple(own[key].shape)}'
         for key in own if key in given and not _fits(key, given[key], own[key])
     ]
-    if reshaped or unexpected or len(missing) > max_missing * len(required):
-        raise ValueError(
-            _explain(backbone, prefix, len(own), missing, unexpected,
-                     reshaped))
     loaded = [key for key in own if key in given]
+    if reshaped or unexpected or missing:
+        raise ValueError(
+            _explain(backbone, prefix, len(loaded), missing, unexpected,
+                     reshaped))
     return dict(
         loaded=len(loaded),
-        missing=len(missing),
+        resized=sum(given[key].shape != own[key].shape for key in loaded),
         carried=sum(own[key].numel() for key in loaded),
         total=sum(tensor.numel() for tensor in own.values()))
 
@@ -105,7 +102,7 @@ def load_pretrained(backbone: nn.Module, init_cfg: Mapping[str, Any]) -> None:
     elif prefix and not prefix.endswith('.'):
         prefix += '.'
     try:
-        counts = check_state_dict(backbone, state_dict, prefix, max_missing=0)
+        counts = check_state_dict(backbone, state_dict, prefix)
     except ValueError as error:
         raise ValueError(f'{path}: {error}') from None
     backbone.load_state_dict(
@@ -117,7 +114,7 @@ def load_pretrained(backbone: nn.Module, init_cfg: Mapping[str, Any]) -> None:
     print_log(
         f'{type(backbone).__name__}: loaded {counts["loaded"]} tensors, '
         f'{counts["carried"] / counts["total"]:.1%} of the parameters, from '
-        f'{path}',
+        f'{path}; {counts["resized"]} position tables were resized',
         logger='current')
 
 
@@ -139,19 +136,19 @@ def _fits(key: str, given: Tensor, own: Tensor) -> bool:
     return given.shape == own.shape
 
 
-def _explain(backbone: nn.Module, prefix: str, total: int,
+def _explain(backbone: nn.Module, prefix: str, num_loaded: int,
              missing: List[str], unexpected: List[str],
              reshaped: List[str]) -> str:
     lines = [
         f'the checkpoint does not fit this {type(backbone).__name__} '
-        f'({total} tensors, looked for under {prefix + "*"!r}):'
+        f'({num_loaded} of its tensors found under {prefix + "*"!r}):'
     ]
     for what, keys in (('missing', missing), ('unexpected', unexpected),
                        ('of another shape', reshaped)):
         if keys:
             more = ', ...' if len(keys) > 3 else ''
             lines.append(f'  {len(keys)} {what}: {", ".join(keys[:3])}{more}')
-    if len(missing) == total or not reshaped and not unexpected:
+    if num_loaded == 0:
         lines.append('Is it a checkpoint of this backbone at all? If its '
                      'names have another prefix, give it as '
                      "init_cfg=dict(type='Pretrained', ..., prefix=...).")

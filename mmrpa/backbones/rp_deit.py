@@ -60,7 +60,8 @@ class RPDeiT(RPBackbone):
             attention; maps leave it out.
         out_type (str): ``'featmap'`` returns maps (B, C, H/16, W/16) for dense
             tasks, ``'cls_token'`` and ``'avg_featmap'`` vectors (B, C) for
-            classifiers.
+            classifiers. With ``'cls_token'`` nothing reads the convolution
+            of the last block, which then starts, and stays, at zero.
 
     Examples:
         >>> import torch
@@ -111,6 +112,12 @@ class RPDeiT(RPBackbone):
         self.with_cls_token = with_cls_token
         self.out_type = out_type
         self._build()
+        last = self.stages[-1].blocks[-1].attn
+        if out_type == 'cls_token' and getattr(last, 'dwc', None) is not None:
+            # The CLS token skips the convolution, so a classifier that reads
+            # nothing else cannot train the last one. Zeros leave it out, and
+            # a dense task that starts from the classifier can learn it.
+            nn.init.zeros_(last.dwc.weight)
 
     def _build_stem(self) -> nn.Module:
         return DeiTStem(self.in_channels, self.arch['embed_dims'][0],

@@ -1,6 +1,5 @@
 """Turning images into tokens, and position tables at any resolution."""
 
-import logging
 from typing import Optional, Tuple
 
 import torch
@@ -8,8 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .init import LINEAR_STD, init_vit_
-
-logger = logging.getLogger(__name__)
 
 
 def resize_grid(grid: Tensor, hw_shape: Tuple[int, int]) -> Tensor:
@@ -36,7 +33,7 @@ def resize_table(table: Tensor,
     Args:
         table (Tensor): (1, num_extra + side * side, C).
         hw_shape (tuple[int, int]): The grid to resize to.
-        name (str): What to call the table in logs and errors.
+        name (str): What to call the table in errors.
         num_extra (int): Rows in front that are not part of the grid (CLS).
 
     Returns:
@@ -54,7 +51,6 @@ def resize_table(table: Tensor,
             f'{name} in the checkpoint has {rows} grid rows, which is not a '
             f'square, so it cannot be resized to {hw_shape}; build the '
             'backbone with the img_size that the checkpoint was trained at')
-    logger.info('resized %s from %dx%d to %dx%d', name, side, side, *hw_shape)
     extra, grid = table[:, :num_extra], table[:, num_extra:]
     grid = resize_grid(grid.unflatten(1, (side, side)), hw_shape)
     return torch.cat((extra, grid), dim=1)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import route, rp_attention
-from ..ops.naive import REDUCTIONS, ROUTINGS
+from ..ops.naive import REDUCTIONS, ROUTINGS, without_autocast
 from .init import LINEAR_STD, init_vit_
 from .shapes import check_heads, check_one_of, check_tokens
 
@@ -164,20 +164,25 @@ class RPAttention(nn.Module):
             out = out + nn.functional.pad(local, (0, 0, num_cls, 0))
         return self.proj_drop(self.proj(out))
 
-    def routing_map(self, x: Tensor, hw_shape: Tuple[int, int]) -> Tensor:
+    def routing_map(self,
+                    x: Tensor,
+                    hw_shape: Optional[Tuple[int, int]] = None) -> Tensor:
         """Which part of the map each representative stands for.
 
         Args:
-            x (Tensor): What ``forward`` was given, (B, N, C).
-            hw_shape (tuple[int, int]): (H, W).
+            x (Tensor): What ``forward`` was given, tokens or a map.
+            hw_shape (tuple[int, int], optional): (H, W); needed for tokens.
 
         Returns:
             Tensor: The routing P as maps (B, h, M, H, W) in float32, without
             the CLS token.
         """
+        if x.dim() == 4:
+            x, hw_shape = x.flatten(2).transpose(1, 2), x.shape[-2:]
         num_cls = check_tokens(x, hw_shape, self.embed_dims, allow_cls=True)
         k = self._heads(self.qkv(x).chunk(3, dim=-1)[1])
-        p = route(k.float(), self.anchors.float(), self.routing)
+        with without_autocast(x.device.type):
+            p = route(k.float(), self.anchors.float(), self.routing)
         return p[:, :, num_cls:].transpose(-2, -1).unflatten(-1, hw_shape)
 
     def _heads(self, x: Tensor) -> Tensor:

@@ -172,7 +172,7 @@ def rp_attention(q: Tensor,
                      interact_proj)
     out_dtype = q.dtype
     dtype = torch.float64 if out_dtype == torch.float64 else torch.float32
-    with _without_autocast(q.device.type):
+    with without_autocast(q.device.type):
         q, k, v, anchors, interact_weight = (
             t.to(dtype) for t in (q, k, v, anchors, interact_weight))
         if interact_proj is not None:
@@ -184,7 +184,8 @@ def rp_attention(q: Tensor,
     return out.to(out_dtype)
 
 
-def _without_autocast(device_type: str) -> torch.autocast:
+def without_autocast(device_type: str) -> torch.autocast:
+    """A context in which autocast is off for a type of device."""
     # autocast does not know the device 'meta', on which FLOPs are counted.
     return torch.autocast(
         'cpu' if device_type == 'meta' else device_type, enabled=False)

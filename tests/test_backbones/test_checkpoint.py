@@ -47,7 +47,8 @@ def test_pretrained_says_how_much_was_loaded(tmp_path, monkeypatch):
     build('swin', out_indices=(3, ), init_cfg=pretrained(path)).init_weights()
     n = len(source.state_dict())
     assert lines == [
-        f'RPSwin: loaded {n} tensors, 100.0% of the parameters, from {path}'
+        f'RPSwin: loaded {n} tensors, 100.0% of the parameters, from {path}; '
+        '0 position tables were resized'
     ]
 
 
@@ -66,6 +67,11 @@ WRONG = {
             embed_dims=(8, 16, 24, 32), depths=(1, 2, 3, 1),
             num_heads=(2, 2, 4, 4), mlp_ratios=2)),
                r'unexpected: stages\.2\.blocks\.1'),
+    'shallower': (dict(
+        arch=dict(
+            embed_dims=(8, 16, 24, 32), depths=(1, 1, 1, 1),
+            num_heads=(2, 2, 4, 4), mlp_ratios=2)),
+                  r'missing: stages\.1\.blocks\.1'),
     'other-m': (dict(num_representatives=7), r'4 of another shape|5 of anoth'),
     'other-attention': (dict(attention='window'),
                         r'missing: stages\.0\.blocks\.0\.attn\.anchors'),
@@ -85,7 +91,8 @@ def test_checkpoint_of_another_arch_is_an_error(tmp_path, options, match, how):
             load_checkpoint(
                 torch.nn.ModuleDict(dict(backbone=model)), path)
     assert 'does not fit this RPSwin' in str(info.value)
-    assert 'num_representatives' in str(info.value)  # what to do
+    assert 'Build the backbone with the arch' in str(info.value)
+    assert 'prefix' not in str(info.value)  # it is not to blame
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
 

@@ -5,7 +5,10 @@ import copy
 import pytest
 import torch
 from mmengine.runner.checkpoint import load_state_dict
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from zoo import SMALL, attentions, build
+
+from mmrpa.backbones import base
 
 CASES = [(f, a) for f in SMALL for a in attentions(f)]
 IDS = [f'{f}-{a}' for f, a in CASES]
@@ -71,7 +74,15 @@ def test_every_parameter_gets_a_gradient(family, attention, out_indices):
 
 
 @every_case
-def test_checkpointing_changes_no_output_and_no_gradient(family, attention):
+def test_checkpointing_changes_no_output_and_no_gradient(
+        family, attention, monkeypatch):
+    used = []
+
+    def spy(*args, use_reentrant):
+        used.append(use_reentrant)
+        return torch_checkpoint(*args, use_reentrant=use_reentrant)
+
+    monkeypatch.setattr(base, 'checkpoint', spy)
     options = dict(attention=attention, drop_path_rate=0.5, drop_rate=0.1)
     plain = build(family, **options)
     recomputed = build(family, with_cp=True, **options)
@@ -85,6 +96,22 @@ def test_checkpointing_changes_no_output_and_no_gradient(family, attention):
         results.append([*maps, *(p.grad for p in model.parameters())])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+    # Each block of the second model went through it, not reentrantly.
+    assert used == [False] * sum(plain.arch['depths'])
+
+
+@every_case
+def test_bfloat16_autocast_stays_close_to_float32(family, attention):
+    model = build(family, attention=attention, with_cp=True)
+    x = torch.randn(2, 3, 67, 45)
+    expected = model(x)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        maps = model(x)
+    for m, e in zip(maps, expected, strict=True):
+        assert (m.float() - e).norm() < 0.05 * e.norm()
+    sum(m.float().square().mean() for m in maps).backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all(), name
 
 
 @every_family
@@ -170,10 +197,17 @@ def test_checkpoint_of_another_resolution_is_resized(family, attention):
     for name, value in source.state_dict().items():
         if value.shape == own[name].shape:
             torch.testing.assert_close(own[name], value)
-        else:  # bicubic: the corners lie near the old ones, the mean too
-            resized += 1
-            assert name.endswith(('pos_embed', 'bias_table'))
-            assert (own[name].mean() - value.mean()).abs() < 0.02
+            continue
+        resized += 1
+        table = name.endswith('relative_position_bias_table')
+        extra = 1 if family == 'deit' else 0  # the CLS token's row
+        old, new = (t if table else t[0] for t in (value, own[name]))
+        torch.testing.assert_close(new[:extra], old[:extra])
+        sides = [round(len(t[extra:])**0.5) for t in (old, new)]
+        grid = old[extra:].view(sides[0], sides[0], -1).permute(2, 0, 1)
+        expected = torch.nn.functional.interpolate(
+            grid[None], (sides[1], sides[1]), mode='bicubic')[0]
+        torch.testing.assert_close(new[extra:], expected.flatten(1).T)
     expects = (family in ('deit', 'pvt') or
                (family == 'swin' and attention == 'window'))
     assert (resized > 0) == expects
@@ -261,6 +295,8 @@ BAD = {
     'frozen': (dict(frozen_stages=5), ValueError, r'\[-1, 4\], got 5'),
     'norm': (dict(norm_cfg=dict(type='GN')), ValueError, "norm_cfg.*'GN'"),
     'rp-cfg': (dict(rp_cfg=dict(anchor='shared')), TypeError, "'anchor'"),
+    'rp-cfg-twice': (dict(rp_cfg=dict(num_representatives=8)), ValueError,
+                     'rp_cfg has num_representatives=8; set it by the'),
     'drop-path': (dict(drop_path_rate=1.), ValueError, r'got 1\.0'),
 }
 
@@ -270,6 +306,21 @@ BAD = {
 def test_bad_arguments_are_named(family, options, error, match):
     with pytest.raises(error, match=match):
         build(family, **options)
+
+
+@every_family
+def test_subclass_that_hands_its_arguments_on(family):
+    cls, defaults = SMALL[family]
+
+    class Extended(cls):
+
+        def __init__(self, extra, **kwargs):
+            super().__init__(**kwargs)
+            self.extra = extra
+
+    assert Extended(extra=3, **defaults).extra == 3
+    with pytest.raises(TypeError, match="no argument 'drop_path'"):
+        Extended(extra=3, drop_path=0.1, **defaults)
 
 
 @every_family

@@ -122,6 +122,30 @@ def test_deit_output_types(with_cls):
     torch.testing.assert_close(vector, cls_out.norm3.norm(tokens[:, 0]))
 
 
+def test_a_classifier_of_the_cls_token_trains_all_but_the_last_dwc():
+    model = build('deit', out_indices=(-1, ), out_type='cls_token')
+    model(torch.randn(2, 3, 64, 64))[0].square().sum().backward()
+    untrained = [name for name, p in model.named_parameters()
+                 if not p.grad.any()]
+    assert not model.stages[3].blocks[0].attn.dwc.weight.any()
+    assert untrained == [f'stages.3.blocks.0.attn.dwc.{part}'
+                         for part in ('weight', 'bias')]
+
+
+@pytest.mark.parametrize('cls,arch,attention,count', [
+    (RPSwin, 'tiny', 'window', 28288354),
+    (RPDeiT, 'tiny', 'dense', 5717416),
+    (RPDeiT, 'small', 'dense', 22050664),
+    (RPDeiT, 'base', 'dense', 86567656),
+])
+def test_twins_have_the_published_sizes(cls, arch, attention, count):
+    """With a 1000-class head; the counts of the official repositories."""
+    with torch.device('meta'):
+        model = cls(arch, attention=attention, out_indices=(-1, ))
+    own = sum(p.numel() for p in model.parameters())
+    assert own + 1000 * (model.out_channels[-1] + 1) == count
+
+
 def test_deit_rejects_other_values():
     with pytest.raises(ValueError, match="out_type must be one of.*'raw'"):
         build('deit', out_type='raw')

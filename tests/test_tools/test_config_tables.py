@@ -1,6 +1,6 @@
 """The tables of configs/*/README.md."""
 
-import shutil
+import re
 
 import pytest
 from helpers import TOOLS, load_tool
@@ -22,11 +22,15 @@ def test_counts_are_those_that_the_tool_writes(readme, tmp_path, capsys):
     assert lines and not any('| - |' in line for line in lines)
     for line in (lines[0], lines[-1]):
         assert tool.fill_row(line, readme.parent) == line
+    # A row whose cells are blank is filled; all other text stays.
+    name, path = re.match(r'\| \[(.+)\]\((.+?)\)', lines[0]).groups()
+    path = readme.parent / path
     copy = tmp_path / 'README.md'
-    shutil.copy(readme, copy)
-    copy.write_text('no table here\n| a | b |\n')
+    blank = f'text\n| [{name}]({path}) | - | - | - | x |\n| a | b |\n'
+    copy.write_text(blank)
     assert tool.main([str(copy)]) == 0
-    assert copy.read_text() == 'no table here\n| a | b |\n'
+    cells = lines[0].split('|')[2:5]
+    assert copy.read_text() == blank.replace(' - | - | - ', '|'.join(cells))
 
 
 def test_a_missing_file_is_named(tmp_path, capsys):

@@ -39,8 +39,8 @@ model = dict(
         num_classes=len(classes),
         norm_cfg=norm_cfg,
         align_corners=False,
-        # Background is 87 % of the pixels: unweighted, two of the five shapes
-        # still had an IoU of 0 after 400 steps.
+        # Most pixels are background: without weights, whole classes of shapes
+        # are not found at all within this many steps.
         loss_decode=dict(
             type='CrossEntropyLoss',
             class_weight=[0.2, 1., 1., 1., 1., 1.])),
