@@ -43,7 +43,7 @@ def test_backbone_table_is_that_of_the_imagenet_configs():
         assert row.split('|')[1:3] == [f' {params} ', f' {macs} ']
 
 
-# The two snippets of "Swap the backbone", over the hosts' own configs.
+# The snippets of "Swap the backbone", over the hosts' own configs.
 SWAPS = {
     'mmdet': 'mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py',
     'mmseg': 'upernet/upernet_r50_4xb4-160k_ade20k-512x512.py',
@@ -52,7 +52,8 @@ SWAPS = {
 
 @pytest.mark.parametrize('host', SWAPS)
 def test_the_swap_that_the_readme_shows_builds_and_runs(host, tmp_path):
-    snippets = re.findall(r'```python\n(.*?)```', README, re.S)
+    text = ''.join(page.read_text() for page in PAGES)
+    snippets = re.findall(r'```python\n(.*?)```', text, re.S)
     snippet, = (s for s in snippets if s.startswith(f'# {host}'))
     root = Path(find_spec(host).submodule_search_locations[0])
     base = root / '.mim/configs' / SWAPS[host]
