@@ -206,7 +206,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             classifier = results.get('classifier', {}).get('checkpoint')
             results[part.name] = train_and_test(part, work_dir / part.name,
                                                 classifier)
-        draw(results, work_dir)
+        run_step('figures', [
+            'tools/quickstart_figures.py',
+            *(str(value) for part in PARTS[1:]
+              for value in (part.config, results[part.name]['checkpoint'])),
+            str(work_dir)
+        ], work_dir / 'figures.log')
     except Failed as error:
         print(f'quickstart: {error}', file=sys.stderr)
         return 1
@@ -218,19 +223,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
           f'{time.monotonic() - start:.0f} s in all. Figures, logs and '
           f'checkpoints: {work_dir}')
     return 0
-
-
-def draw(results: Dict[str, Dict[str, object]], work_dir: Path) -> None:
-    """Draw predictions beside ground truth, and the routing maps."""
-    # Here, because matplotlib and the hosts take seconds to import.
-    import quickstart_figures as figures
-    configs = {part.name: part.config for part in PARTS}
-    for function, name in ((figures.draw_detections, 'detector'),
-                           (figures.draw_segmentation, 'segmentor'),
-                           (figures.draw_routing, 'detector')):
-        path = work_dir / f'{function.__name__.removeprefix("draw_")}.png'
-        function(configs[name], str(results[name]['checkpoint']), path)
-        print(f'  drew {path}', flush=True)
 
 
 if __name__ == '__main__':
