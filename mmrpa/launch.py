@@ -6,6 +6,7 @@ host's.
 """
 
 import argparse
+import logging
 import os
 import re
 import runpy
@@ -295,8 +296,16 @@ def _run_on_cpu(script: Path, timeout: timedelta) -> None:
     dist.init_process_group('gloo', timeout=timeout)
     try:
         runpy.run_path(str(script), run_name='__main__')
+        dist.barrier()  # nobody leaves while another one still talks to it
     finally:
         dist.destroy_process_group()
+    # C++ threads of DDP can outlive Python's teardown, which then aborts a
+    # process that has done all its work (seen once in torch 2.11, "terminate
+    # called without an active exception").
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _local_rank() -> int:

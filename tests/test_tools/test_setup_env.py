@@ -61,10 +61,15 @@ def make_wheel(path, names=('mmcv/__init__.py', 'mmcv/_ext.cpython.so')):
 
 
 def start(tree):
-    """Start the set-up of ``tree`` as a user does."""
+    """Start the set-up of ``tree`` as a user does.
+
+    A shell that runs the tests in the background has them ignore SIGINT, and
+    children inherit that; a user's shell does not.
+    """
     return subprocess.Popen(
         [sys.executable, 'tools/setup_env.py'], cwd=tree, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def finished_stamp(tree, **changes):
@@ -449,7 +454,10 @@ def test_interruption_then_second_run(tree, monkeypatch, capsys):
     assert 'making .venv' in process.stdout.readline()
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=20)[0]
+    try:
+        said = process.communicate(timeout=20)[0]
+    finally:
+        process.kill()  # a set-up that goes on would install gigabytes
     assert process.returncode == 130
     assert 'interrupted' in said and 'Traceback' not in said
     assert (tree / '.venv').exists()
