@@ -173,9 +173,8 @@ class RPBackbone(BaseModule):
         frozen_stages (int): -1: nothing is frozen; 0: the stem; i: the stem
             and the first i stages with their output norms.
         norm_cfg (dict, optional): Norm of the outputs, ``type`` being
-            ``'LN'``, ``'BN'`` or ``'SyncBN'``. None leaves it out. From
-            scratch, detection heads learn far sooner with BN; see
-            ``docs/method.md``.
+            ``'LN'``, ``'BN'`` or ``'SyncBN'``. None leaves it out.
+            ``docs/method.md`` compares LN and BN from scratch.
         with_cp (bool): Activation checkpointing of the blocks (non-reentrant).
         init_cfg (dict, optional): ``dict(type='Pretrained', checkpoint=...,
             prefix=...)``; a checkpoint that does not fit is an error.

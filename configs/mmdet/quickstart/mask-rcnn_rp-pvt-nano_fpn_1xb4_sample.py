@@ -1,6 +1,6 @@
 # The second part of `make quickstart`: Mask R-CNN on the sample scenes, small
-# enough for minutes on two CPU cores. Batch norm throughout: from scratch, the
-# heads learn far sooner with it (docs/method.md).
+# enough for minutes on two CPU cores. Batch norm throughout; docs/method.md
+# compares it with layer norm on the backbone's outputs.
 _base_ = [
     'mmdet::_base_/models/mask-rcnn_r50_fpn.py',
     'mmdet::_base_/default_runtime.py'
