@@ -22,7 +22,7 @@ def test_readme_is_short():
 @pytest.mark.parametrize('page', PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_somewhere_and_nothing_is_left_to_fill(page):
     text = page.read_text()
-    for link in re.findall(r'\]\(([^)#]+)\)', text):
+    for link in re.findall(r'\]\(([^)#]+)(?:#[^)]*)?\)', text):
         if not link.startswith('http'):
             assert (page.parent / link).exists(), link
     assert not re.findall(r'\b[A-Z]+_(?:TABLE|TEXT)\b', text)
