@@ -26,7 +26,8 @@ ATTENTIONS = (CrossShapedWindowAttention, DenseAttention, RPAttention,
 PROJECTIONS = ('qkv', 'q', 'kv', 'proj')
 # Height and width that each host's publications count at; mmseg's crops.
 INPUT_SIZES = dict(mmpretrain=(224, 224), mmdet=(800, 1280), mmseg=(512, 512))
-# RoI heads run on as many boxes as the host's test settings allow.
+# Boxes for the RoI heads, mmdet's usual test settings, so that detectors with
+# other settings stay comparable.
 NUM_PROPOSALS = 1000
 NUM_MASKS = 100
 
