@@ -6,7 +6,7 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-from ..ops import route, rp_attention
+from ..ops import IMPLS, route, rp_attention_qkv
 from ..ops.naive import REDUCTIONS, ROUTINGS, without_autocast
 from .init import LINEAR_STD, init_vit_
 from .shapes import check_heads, check_one_of, check_tokens
@@ -42,6 +42,8 @@ class RPAttention(nn.Module):
         dwc_kernel_size (int): Odd kernel size of the depth-wise convolution of
             V; 0 leaves it out.
         proj_drop (float): Dropout rate after the output projection.
+        impl (str): ``'auto'``, ``'naive'``, ``'fused'`` or ``'triton'``; see
+            :func:`mmrpa.ops.rp_attention`. May be assigned to later.
 
     Raises:
         ValueError: A value out of range; the message names it.
@@ -60,9 +62,11 @@ class RPAttention(nn.Module):
                  interact_residual: bool = False,
                  interact_proj: bool = False,
                  dwc_kernel_size: int = 3,
-                 proj_drop: float = 0.) -> None:
+                 proj_drop: float = 0.,
+                 impl: str = 'auto') -> None:
         super().__init__()
         check_heads(embed_dims, num_heads)
+        check_one_of('impl', impl, IMPLS)
         check_one_of('anchors', anchors, ('per_head', 'shared'))
         check_one_of('routing', routing, ROUTINGS)
         check_one_of('reduction', reduction, REDUCTIONS)
@@ -81,6 +85,7 @@ class RPAttention(nn.Module):
         self.routing = routing
         self.reduction = reduction
         self.interact_residual = interact_residual
+        self.impl = impl
 
         square = ((num_heads, head_dims, head_dims) if interact == 'grouped'
                   else (embed_dims, embed_dims))
@@ -147,21 +152,20 @@ class RPAttention(nn.Module):
 
     def _forward_tokens(self, x: Tensor,
                         hw_shape: Optional[Tuple[int, int]]) -> Tensor:
-        num_cls = check_tokens(x, hw_shape, self.embed_dims, allow_cls=True)
-        q, k, v = self.qkv(x).chunk(3, dim=-1)  # (B, N, C) each
-        out = rp_attention(
-            *(self._heads(t) for t in (q, k, v)),
+        check_tokens(x, hw_shape, self.embed_dims, allow_cls=True)
+        out = rp_attention_qkv(
+            self.qkv(x),
             self.anchors,
             self.interact_weight,
+            num_heads=self.num_heads,
+            hw_shape=hw_shape,
+            dwc_weight=None if self.dwc is None else self.dwc.weight,
+            dwc_bias=None if self.dwc is None else self.dwc.bias,
             routing=self.routing,
             reduction=self.reduction,
             interact_proj=self.interact_proj,
-            interact_residual=self.interact_residual)
-        out = out.transpose(1, 2).flatten(2)  # (B, N, C)
-        if self.dwc is not None:
-            local = v[:, num_cls:].transpose(1, 2).unflatten(-1, hw_shape)
-            local = self.dwc(local).flatten(2).transpose(1, 2)
-            out = out + nn.functional.pad(local, (0, 0, num_cls, 0))
+            interact_residual=self.interact_residual,
+            impl=self.impl)
         return self.proj_drop(self.proj(out))
 
     def routing_map(self,
@@ -193,4 +197,5 @@ class RPAttention(nn.Module):
         """The settings that the printed submodules do not show."""
         return (f'num_heads={self.num_heads}, '
                 f'num_representatives={self.num_representatives}, '
-                f'routing={self.routing!r}, reduction={self.reduction!r}')
+                f'routing={self.routing!r}, reduction={self.reduction!r}, '
+                f'impl={self.impl!r}')

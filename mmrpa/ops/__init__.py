@@ -1,5 +1,9 @@
 """RPAttention as functions of tensors; needs torch alone."""
 
-from .naive import distribute, gather, interact, route, rp_attention
+from .functional import IMPLS, choose_impl, rp_attention, rp_attention_qkv
+from .naive import distribute, gather, interact, route
 
-__all__ = ['distribute', 'gather', 'interact', 'route', 'rp_attention']
+__all__ = [
+    'IMPLS', 'choose_impl', 'distribute', 'gather', 'interact', 'route',
+    'rp_attention', 'rp_attention_qkv'
+]

@@ -4,8 +4,8 @@ Written to be read beside ``docs/method.md``; every faster implementation has
 to agree with this file. All tensors are per head: B images, h heads, N tokens,
 M representatives, d channels a head, C = h * d.
 
-The three functions work in the dtype they are given. :func:`rp_attention`, the
-public entry, is the one that raises half precision to float32.
+The functions work in the dtype they are given. The public entry,
+:func:`mmrpa.ops.rp_attention`, is what raises half precision to float32.
 """
 
 from typing import Optional, Tuple
@@ -88,10 +88,10 @@ def interact(z: Tensor,
     Returns:
         Tensor: V_rep, (B, h, M, d).
     """
-    q, k, v = (_project(z, w) for w in weight)
+    q, k, v = (project(z, w) for w in weight)
     v_rep = _softmax_attention(q, k, v, z.shape[-1]**-0.5)
     if proj is not None:
-        v_rep = _project(v_rep, proj)
+        v_rep = project(v_rep, proj)
     return z + v_rep if residual else v_rep
 
 
@@ -116,7 +116,7 @@ def _softmax_attention(q: Tensor, k: Tensor, v: Tensor,
     return ((q * scale) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
 
 
-def _project(x: Tensor, weight: Tensor) -> Tensor:
+def project(x: Tensor, weight: Tensor) -> Tensor:
     """Right-multiply (B, h, M, d) by (h, d, d), or by (C, C) across heads."""
     if weight.dim() == 3:
         return x @ weight
@@ -125,51 +125,14 @@ def _project(x: Tensor, weight: Tensor) -> Tensor:
     return mixed.unflatten(-1, (heads, dims)).transpose(1, 2)
 
 
-def rp_attention(q: Tensor,
-                 k: Tensor,
-                 v: Tensor,
-                 anchors: Tensor,
-                 interact_weight: Tensor,
-                 *,
-                 routing: str = 'representatives',
-                 reduction: str = 'mean',
-                 interact_proj: Optional[Tensor] = None,
-                 interact_residual: bool = False,
-                 scale: Optional[float] = None) -> Tensor:
-    """Global attention in linear cost through M representatives.
+def rp_attention(q: Tensor, k: Tensor, v: Tensor, anchors: Tensor,
+                 interact_weight: Tensor, interact_proj: Optional[Tensor],
+                 routing: str, reduction: str, interact_residual: bool,
+                 scale: float) -> Tensor:
+    """The three in a row, (B, h, N, d) to the same; checks nothing.
 
-    Gather, Interact and Distribute of "Representative Attention For Vision
-    Transformers" (arXiv 2605.14913), without the depth-wise convolution and
-    the projections, which belong to :class:`mmrpa.layers.RPAttention`.
-
-    Softmaxes, mass and every accumulation run in float32 (float64 for float64
-    input), whatever the input's dtype and whatever the autocast: at detection
-    size N = 66 800 tokens routed to one representative overflow float16.
-
-    Args:
-        q (Tensor): Queries, (B, h, N, d), of any floating dtype.
-        k (Tensor): Keys, (B, h, N, d).
-        v (Tensor): Values, (B, h, N, d).
-        anchors (Tensor): (h, M, d), or (1, M, d) shared among the heads.
-        interact_weight (Tensor): (3, h, d, d) grouped, or (3, C, C) full.
-        routing (str): ``'representatives'`` or ``'tokens'``; see
-            :func:`route`.
-        reduction (str): ``'mean'`` or ``'sum'``; see :func:`gather`.
-        interact_proj (Tensor, optional): (h, d, d) or (C, C); see
-            :func:`interact`.
-        interact_residual (bool): See :func:`interact`.
-        scale (float, optional): Factor of Distribute's logits. Defaults to
-            ``d ** -0.5``.
-
-    Returns:
-        Tensor: (B, h, N, d), in the dtype of ``q``.
-
-    Raises:
-        TypeError: A tensor is not floating point.
-        ValueError: A shape does not fit, or an option is unknown.
+    Tensors of half precision are raised to float32 first.
     """
-    _check_arguments(q, k, v, anchors, interact_weight, routing, reduction,
-                     interact_proj)
     out_dtype = q.dtype
     dtype = torch.float64 if out_dtype == torch.float64 else torch.float32
     with without_autocast(q.device.type):
@@ -179,9 +142,7 @@ def rp_attention(q: Tensor,
             interact_proj = interact_proj.to(dtype)
         k_rep, z = gather(k, v, anchors, routing, reduction)
         v_rep = interact(z, interact_weight, interact_proj, interact_residual)
-        out = distribute(q, k_rep, v_rep,
-                         q.shape[-1]**-0.5 if scale is None else scale)
-    return out.to(out_dtype)
+        return distribute(q, k_rep, v_rep, scale).to(out_dtype)
 
 
 def without_autocast(device_type: str) -> torch.autocast:
@@ -189,42 +150,3 @@ def without_autocast(device_type: str) -> torch.autocast:
     # autocast does not know the device 'meta', on which FLOPs are counted.
     return torch.autocast(
         'cpu' if device_type == 'meta' else device_type, enabled=False)
-
-
-def _check_arguments(q: Tensor, k: Tensor, v: Tensor, anchors: Tensor,
-                     interact_weight: Tensor, routing: str, reduction: str,
-                     interact_proj: Optional[Tensor]) -> None:
-    tensors = dict(
-        q=q, k=k, v=v, anchors=anchors, interact_weight=interact_weight)
-    if interact_proj is not None:
-        tensors['interact_proj'] = interact_proj
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise TypeError(f'{name} must be floating point, got '
-                            f'{tensor.dtype}; convert it first')
-    if q.dim() != 4 or q.shape != k.shape or q.shape != v.shape:
-        raise ValueError('q, k and v must share one shape (B, heads, N, d), '
-                         f'got {tuple(q.shape)}, {tuple(k.shape)} and '
-                         f'{tuple(v.shape)}')
-    heads, dims = q.shape[1], q.shape[3]
-    channels = heads * dims
-    if (anchors.dim() != 3 or anchors.shape[0] not in (1, heads)
-            or anchors.shape[1] < 1 or anchors.shape[2] != dims):
-        raise ValueError(
-            f'anchors must be ({heads}, M, {dims}) or (1, M, {dims}) with M '
-            f'at least 1 for q of shape {tuple(q.shape)}, got '
-            f'{tuple(anchors.shape)}')
-    square = ((heads, dims, dims), (channels, channels))
-    if tuple(interact_weight.shape) not in tuple((3, *s) for s in square):
-        raise ValueError(
-            f'interact_weight must be (3, {heads}, {dims}, {dims}) for '
-            f'grouped or (3, {channels}, {channels}) for full, got '
-            f'{tuple(interact_weight.shape)}')
-    if interact_proj is not None and tuple(interact_proj.shape) not in square:
-        raise ValueError(f'interact_proj must be {square[0]} or {square[1]}, '
-                         f'got {tuple(interact_proj.shape)}')
-    for name, value, allowed in (('routing', routing, ROUTINGS),
-                                 ('reduction', reduction, REDUCTIONS)):
-        if value not in allowed:
-            raise ValueError(
-                f'{name} must be one of {allowed}, got {value!r}')

@@ -1,0 +1,332 @@
+"""The public operators, and which implementation computes them."""
+
+from typing import Any, Optional, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import naive
+from .naive import REDUCTIONS, ROUTINGS
+
+IMPLS = ('auto', 'naive', 'fused', 'triton')
+# Custom operators with autograd came with torch 2.4.
+HAS_CUSTOM_OPS = hasattr(torch.library, 'custom_op')
+if HAS_CUSTOM_OPS:
+    from . import library
+
+# What the Triton kernels take.
+TRITON_HEAD_DIMS = (16, 128)
+TRITON_MAX_REPRESENTATIVES = 256
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def choose_impl(device_type: str,
+                dtype: torch.dtype,
+                head_dims: int,
+                num_representatives: int,
+                routing: str = 'representatives') -> str:
+    """What ``impl='auto'`` stands for.
+
+    ``'triton'`` on CUDA, where the Triton kernels take the dtype and sizes;
+    ``'fused'`` everywhere else. With torch before 2.4, which lacks the custom
+    operators that both need, ``'naive'``. Nothing else is looked at.
+
+    Args:
+        device_type (str): ``'cuda'``, ``'cpu'`` and so on.
+        dtype (torch.dtype): Of Q, K and V.
+        head_dims (int): Channels d of a head.
+        num_representatives (int): M.
+        routing (str): See :func:`rp_attention`.
+
+    Returns:
+        str: One of ``IMPLS[1:]``.
+    """
+    if not HAS_CUSTOM_OPS:
+        return 'naive'
+    fits = _why_not_triton(dtype, head_dims, num_representatives,
+                           routing) is None
+    return 'triton' if device_type == 'cuda' and fits else 'fused'
+
+
+def resolve_impl(impl: str, device_type: str, dtype: torch.dtype,
+                 head_dims: int, num_representatives: int,
+                 routing: str) -> str:
+    """``impl`` with ``'auto'`` replaced, or an error that says why not.
+
+    Args:
+        impl (str): One of ``IMPLS``; the others are as for
+            :func:`choose_impl`.
+
+    Raises:
+        ValueError: An unknown impl, or one that can not compute this.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f'impl must be one of {IMPLS}, got {impl!r}')
+    if impl == 'auto':
+        return choose_impl(device_type, dtype, head_dims, num_representatives,
+                           routing)
+    if impl != 'naive' and not HAS_CUSTOM_OPS:
+        raise ValueError(f"impl={impl!r} needs torch 2.4 or later, this is "
+                         f"{torch.__version__}; use impl='naive'")
+    if impl == 'triton':
+        reason = _why_not_triton(dtype, head_dims, num_representatives,
+                                 routing)
+        if reason is None and device_type not in ('cuda', 'meta'):
+            from .triton_launch import interpreting
+            if not interpreting():
+                reason = (f'tensors on CUDA, got {device_type!r} (or, to '
+                          'test, TRITON_INTERPRET=1 in the environment)')
+        if reason is not None:
+            raise ValueError(f"impl='triton' needs {reason}; use impl='auto'")
+    return impl
+
+
+def _why_not_triton(dtype: torch.dtype, head_dims: int,
+                    num_representatives: int, routing: str) -> Optional[str]:
+    """What the Triton kernels need that this is not; None where it fits."""
+    low, high = TRITON_HEAD_DIMS
+    if dtype not in TRITON_DTYPES:
+        return f'float32, bfloat16 or float16, got {dtype}'
+    if not low <= head_dims <= high:
+        return f'{low} to {high} channels a head, got {head_dims}'
+    if num_representatives > TRITON_MAX_REPRESENTATIVES:
+        return (f'at most {TRITON_MAX_REPRESENTATIVES} representatives, got '
+                f'{num_representatives}')
+    if routing != 'representatives':
+        return f"routing='representatives', got {routing!r}"
+    return None
+
+
+def rp_attention(q: Tensor,
+                 k: Tensor,
+                 v: Tensor,
+                 anchors: Tensor,
+                 interact_weight: Tensor,
+                 *,
+                 routing: str = 'representatives',
+                 reduction: str = 'mean',
+                 interact_proj: Optional[Tensor] = None,
+                 interact_residual: bool = False,
+                 scale: Optional[float] = None,
+                 impl: str = 'auto') -> Tensor:
+    """Global attention in linear cost through M representatives.
+
+    Gather, Interact and Distribute of "Representative Attention For Vision
+    Transformers" (arXiv 2605.14913), without the depth-wise convolution and
+    the projections, which belong to :class:`mmrpa.layers.RPAttention`.
+
+    Softmaxes, mass and every accumulation run in float32 (float64 for float64
+    input), whatever the input's dtype and whatever the autocast: at detection
+    size N = 66 800 tokens routed to one representative overflow float16.
+
+    Args:
+        q (Tensor): Queries, (B, h, N, d), of any floating dtype.
+        k (Tensor): Keys, (B, h, N, d).
+        v (Tensor): Values, (B, h, N, d).
+        anchors (Tensor): (h, M, d), or (1, M, d) shared among the heads.
+        interact_weight (Tensor): (3, h, d, d) grouped, or (3, C, C) full.
+        routing (str): ``'representatives'`` or ``'tokens'``; see
+            :func:`route`.
+        reduction (str): ``'mean'`` or ``'sum'``; see :func:`gather`.
+        interact_proj (Tensor, optional): (h, d, d) or (C, C); see
+            :func:`interact`.
+        interact_residual (bool): See :func:`interact`.
+        scale (float, optional): Factor of Distribute's logits. Defaults to
+            ``d ** -0.5``.
+        impl (str): ``'naive'``: the definition, differentiable any number of
+            times. ``'fused'``: in pieces, recomputed in backward, on any
+            device. ``'triton'``: GPU kernels. ``'auto'``: see
+            :func:`choose_impl`.
+
+    Returns:
+        Tensor: (B, h, N, d), in the dtype of ``q``.
+
+    Raises:
+        TypeError: A tensor is not floating point.
+        ValueError: A shape or dtype does not fit, tensors are on several
+            devices, an option is unknown, or impl can not compute this.
+    """
+    if q.dim() != 4 or q.shape != k.shape or q.shape != v.shape:
+        raise ValueError('q, k and v must share one shape (B, heads, N, d), '
+                         f'got {tuple(q.shape)}, {tuple(k.shape)} and '
+                         f'{tuple(v.shape)}')
+    _check_tensors(
+        dict(
+            q=q,
+            k=k,
+            v=v,
+            anchors=anchors,
+            interact_weight=interact_weight,
+            interact_proj=interact_proj), same_dtype=3)
+    _check_arguments(q.shape[1], q.shape[3], anchors, interact_weight,
+                     interact_proj, routing, reduction)
+    impl = resolve_impl(impl, q.device.type, q.dtype, q.shape[3],
+                        anchors.shape[1], routing)
+    scale = q.shape[-1]**-0.5 if scale is None else float(scale)
+    if impl == 'naive':
+        return naive.rp_attention(q, k, v, anchors, interact_weight,
+                                  interact_proj, routing, reduction,
+                                  interact_residual, scale)
+    out = library.rp_attention([t.transpose(1, 2) for t in (q, k, v)],
+                               anchors, interact_weight, interact_proj, None,
+                               None, (0, 0), routing, reduction,
+                               interact_residual, scale, impl)
+    return out.transpose(1, 2)
+
+
+def rp_attention_qkv(qkv: Tensor,
+                     anchors: Tensor,
+                     interact_weight: Tensor,
+                     *,
+                     num_heads: int,
+                     hw_shape: Tuple[int, int] = (0, 0),
+                     dwc_weight: Optional[Tensor] = None,
+                     dwc_bias: Optional[Tensor] = None,
+                     routing: str = 'representatives',
+                     reduction: str = 'mean',
+                     interact_proj: Optional[Tensor] = None,
+                     interact_residual: bool = False,
+                     scale: Optional[float] = None,
+                     impl: str = 'auto') -> Tensor:
+    """RPAttention between its projections: ``concat_heads(O) + DWC(V)``.
+
+    One operator on what the q, k, v projection returns, without a copy to
+    split heads or merge gradients.
+
+    Args:
+        qkv (Tensor): (B, N, 3C): Q, K and V, each C = h * d with the channels
+            of a head side by side.
+        anchors (Tensor): (h, M, d), or (1, M, d) shared among the heads.
+        interact_weight (Tensor): (3, h, d, d) grouped, or (3, C, C) full.
+        num_heads (int): Heads h.
+        hw_shape (tuple[int, int]): (H, W) of the convolution's map; the N - H
+            * W tokens in front (a CLS token) take no part in it.
+        dwc_weight (Tensor, optional): Depth-wise kernels (C, 1, K, K), K odd;
+            None leaves the convolution out.
+        dwc_bias (Tensor, optional): Its bias (C).
+        routing, reduction, interact_proj, interact_residual, scale, impl: As
+            for :func:`rp_attention`.
+
+    Returns:
+        Tensor: (B, N, C), in the dtype of ``qkv``.
+
+    Raises:
+        TypeError: A tensor is not floating point.
+        ValueError: As :func:`rp_attention`.
+    """
+    if qkv.dim() != 3 or num_heads < 1 or qkv.shape[2] % (3 * num_heads):
+        raise ValueError(
+            'qkv must be (B, N, 3 * num_heads * d), got '
+            f'{tuple(qkv.shape)} with num_heads={num_heads}')
+    _check_tensors(
+        dict(
+            qkv=qkv,
+            anchors=anchors,
+            interact_weight=interact_weight,
+            interact_proj=interact_proj,
+            dwc_weight=dwc_weight,
+            dwc_bias=dwc_bias))
+    batch, num_tokens, channels = qkv.shape
+    channels //= 3
+    dims = channels // num_heads
+    _check_arguments(num_heads, dims, anchors, interact_weight, interact_proj,
+                     routing, reduction)
+    _check_convolution(channels, num_tokens, hw_shape, dwc_weight, dwc_bias)
+    impl = resolve_impl(impl, qkv.device.type, qkv.dtype, dims,
+                        anchors.shape[1], routing)
+    scale = dims**-0.5 if scale is None else float(scale)
+    heads = qkv.unflatten(-1, (3, num_heads, dims))
+    if impl != 'naive':
+        out = library.rp_attention([heads], anchors, interact_weight,
+                                   interact_proj, dwc_weight, dwc_bias,
+                                   tuple(hw_shape), routing, reduction,
+                                   interact_residual, scale, impl)
+        return out.flatten(2)
+    q, k, v = heads.permute(2, 0, 3, 1, 4).unbind()
+    out = naive.rp_attention(q, k, v, anchors, interact_weight, interact_proj,
+                             routing, reduction, interact_residual, scale)
+    out = out.transpose(1, 2).flatten(2)  # (B, N, C)
+    if dwc_weight is None:
+        return out
+    num_cls = num_tokens - hw_shape[0] * hw_shape[1]
+    local = qkv[:, num_cls:, 2 * channels:].transpose(1, 2)
+    local = F.conv2d(
+        local.unflatten(-1, hw_shape),
+        dwc_weight.to(qkv.dtype),
+        None if dwc_bias is None else dwc_bias.to(qkv.dtype),
+        padding=dwc_weight.shape[-1] // 2,
+        groups=channels)
+    local = local.flatten(2).transpose(1, 2)
+    return out + F.pad(local, (0, 0, num_cls, 0))
+
+
+def _check_tensors(tensors: dict, same_dtype: int = 0) -> None:
+    """Floating point, on one device; the first few of one dtype."""
+    first_name, first = next(iter(tensors.items()))
+    for i, (name, tensor) in enumerate(tensors.items()):
+        if tensor is None:
+            continue
+        if not tensor.is_floating_point():
+            raise TypeError(f'{name} must be floating point, got '
+                            f'{tensor.dtype}; convert it first')
+        if tensor.device != first.device:
+            raise ValueError(
+                f'{name} is on {tensor.device} but {first_name} on '
+                f'{first.device}; move one of them')
+        if i < same_dtype and tensor.dtype != first.dtype:
+            raise ValueError(
+                f'{name} is {tensor.dtype} but {first_name} {first.dtype}; '
+                'q, k and v must share one dtype')
+
+
+def _check_arguments(heads: int, dims: int, anchors: Tensor,
+                     interact_weight: Tensor,
+                     interact_proj: Optional[Tensor], routing: str,
+                     reduction: str) -> None:
+    channels = heads * dims
+    if (anchors.dim() != 3 or anchors.shape[0] not in (1, heads)
+            or anchors.shape[1] < 1 or anchors.shape[2] != dims):
+        raise ValueError(
+            f'anchors must be ({heads}, M, {dims}) or (1, M, {dims}) with M '
+            f'at least 1 for {heads} heads of {dims} channels, got '
+            f'{tuple(anchors.shape)}')
+    square = ((heads, dims, dims), (channels, channels))
+    _check_shape('interact_weight', interact_weight,
+                 [(3, *s) for s in square])
+    if interact_proj is not None:
+        _check_shape('interact_proj', interact_proj, square)
+    for name, value, allowed in (('routing', routing, ROUTINGS),
+                                 ('reduction', reduction, REDUCTIONS)):
+        if value not in allowed:
+            raise ValueError(
+                f'{name} must be one of {allowed}, got {value!r}')
+
+
+def _check_convolution(channels: int, num_tokens: int,
+                       hw_shape: Tuple[int, int],
+                       weight: Optional[Tensor],
+                       bias: Optional[Tensor]) -> None:
+    if weight is None:
+        if bias is not None:
+            raise ValueError('dwc_bias without dwc_weight; give both')
+        return
+    size = weight.shape[-1] if weight.dim() else 0
+    _check_shape('dwc_weight', weight, [(channels, 1, size, size)])
+    if size % 2 == 0:
+        raise ValueError(f'dwc_weight must have an odd kernel size, got '
+                         f'{size}')
+    if bias is not None:
+        _check_shape('dwc_bias', bias, [(channels, )])
+    height, width = hw_shape
+    if height < 0 or width < 0 or height * width > num_tokens:
+        raise ValueError(f'hw_shape=({height}, {width}) does not fit into '
+                         f'N={num_tokens} tokens')
+
+
+def _check_shape(name: str, tensor: Tensor,
+                 allowed: Sequence[Tuple[Any, ...]]) -> None:
+    if tuple(tensor.shape) not in allowed:
+        shapes = ' or '.join(str(tuple(s)) for s in allowed)
+        raise ValueError(f'{name} must be {shapes}, got '
+                         f'{tuple(tensor.shape)}')
