@@ -110,7 +110,7 @@ def _rp_attention_backward(
     if anchors.shape[0] == 1:
         anchor_grad = anchor_grad.sum(0, keepdim=True)
     return grads, [
-        grad.to(param.dtype).reshape(param.shape)
+        grad.to(param.dtype).reshape(param.shape).contiguous()
         for param, grad in zip(params, (anchor_grad, *rest), strict=True)
         if param is not None
     ]

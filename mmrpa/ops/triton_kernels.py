@@ -1,0 +1,522 @@
+"""The Triton kernels of RPAttention.
+
+Tensors of tokens are (B, N, h, d) with any strides but 1 over d; those of
+representatives are contiguous, (B * h, M, d) in float32. A program works on
+one head of one image; ``BLOCK_*`` are powers of two of at least 16, and masks
+cover the rest. Products take their operands in the tokens' dtype and add up in
+float32.
+
+M may take several blocks. The softmaxes run over all of them, so a program
+that sums for one block goes over the others once for the softmax's total.
+"""
+
+import triton
+import triton.language as tl
+
+# naive.MASS_EPS; a kernel may only use constants of Triton's own kind.
+MASS_EPS = tl.constexpr(1e-6)
+
+
+@triton.jit
+def _rows(ptr, stride, rows, cols, num_rows, num_cols):
+    """Rows and columns of a matrix with unit column stride; 0 outside."""
+    mask = (rows[:, None] < num_rows) & (cols[None, :] < num_cols)
+    return tl.load(
+        ptr + rows[:, None].to(tl.int64) * stride + cols[None, :],
+        mask=mask,
+        other=0.)
+
+
+@triton.jit
+def _put_rows(ptr, stride, rows, cols, num_rows, num_cols, x):
+    """Store what ``_rows`` would load."""
+    mask = (rows[:, None] < num_rows) & (cols[None, :] < num_cols)
+    tl.store(
+        ptr + rows[:, None].to(tl.int64) * stride + cols[None, :],
+        x.to(ptr.dtype.element_ty),
+        mask=mask)
+
+
+@triton.jit
+def _dot(a, b, PRECISION: tl.constexpr = 'ieee'):
+    """A product, added up in float32; not rounded before, by default."""
+    if PRECISION == 'upcast':
+        # For the interpreter, which multiplies the bits of bfloat16.
+        return tl.dot(
+            a.to(tl.float32), b.to(tl.float32), input_precision='ieee')
+    else:
+        return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def _logits(x, mat, m, M, PRECISION: tl.constexpr):
+    """x mat^T, -inf where there is no such representative."""
+    logits = _dot(x, tl.trans(mat), PRECISION)
+    return tl.where(m[None, :] < M, logits, float('-inf'))
+
+
+@triton.jit
+def _softmax_total(x, mat_ptr, scale, cols, M, D, BLOCK_N: tl.constexpr,
+                   BLOCK_M: tl.constexpr, BLOCKS: tl.constexpr,
+                   PRECISION: tl.constexpr):
+    """Maximum, and sum of exp above it, of each row's logits over all M."""
+    top = tl.full([BLOCK_N], float('-inf'), tl.float32)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    for i in range(BLOCKS):
+        m = i * BLOCK_M + tl.arange(0, BLOCK_M)
+        mat = (_rows(mat_ptr, D, m, cols, M, D) * scale).to(x.dtype)
+        logits = _logits(x, mat, m, M, PRECISION)
+        new = tl.maximum(top, tl.max(logits, 1))
+        total = total * tl.exp(top - new) + tl.sum(
+            tl.exp(logits - new[:, None]), 1)
+        top = new
+    return top, total
+
+
+@triton.jit
+def gather_kernel(k_ptr, v_ptr, anchors_ptr, k_part, z_part, mass_part, k_sb,
+                  k_sn, k_sh, v_sb, v_sn, v_sh, anchors_sh, N, M, D, H,
+                  split_tokens, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+                  BLOCK_D: tl.constexpr, BLOCKS: tl.constexpr,
+                  PRECISION: tl.constexpr):
+    """Sums of P^T K, P^T V and P over the tokens of one split.
+
+    Grid (splits, B * h, blocks of M). Writes (B * h, splits, M, d) twice and
+    (B * h, splits, M).
+    """
+    split, splits = tl.program_id(0), tl.num_programs(0)
+    bh = tl.program_id(1)
+    batch, head = (bh // H).to(tl.int64), bh % H
+    k_ptr += batch * k_sb + head * k_sh
+    v_ptr += batch * v_sb + head * v_sh
+    anchors_ptr += head * anchors_sh
+    cols = tl.arange(0, BLOCK_D)
+    m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    anchors = _rows(anchors_ptr, D, m, cols, M, D).to(k_ptr.dtype.element_ty)
+    k_sum = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    z_sum = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    mass = tl.zeros([BLOCK_M], tl.float32)
+    first = split * split_tokens
+    for start in range(first, tl.minimum(first + split_tokens, N), BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        k = _rows(k_ptr, k_sn, n, cols, N, D)
+        v = _rows(v_ptr, v_sn, n, cols, N, D)
+        logits = _logits(k, anchors, m, M, PRECISION)
+        if BLOCKS == 1:
+            top = tl.max(logits, 1)
+            p = tl.exp(logits - top[:, None])
+            p = p / tl.sum(p, 1)[:, None]
+        else:
+            top, total = _softmax_total(k, anchors_ptr, 1., cols, M, D,
+                                        BLOCK_N, BLOCK_M, BLOCKS, PRECISION)
+            p = tl.exp(logits - top[:, None]) / total[:, None]
+        p = tl.where(n[:, None] < N, p, 0.).to(k.dtype)
+        p_t = tl.trans(p)
+        k_sum += _dot(p_t, k, PRECISION)
+        z_sum += _dot(p_t, v, PRECISION)
+        # Of the rounded weights, so that the mean's weights add up to 1.
+        mass += tl.sum(p.to(tl.float32), 0)
+    part = bh.to(tl.int64) * splits + split
+    _put_rows(k_part + part * M * D, D, m, cols, M, D, k_sum)
+    _put_rows(z_part + part * M * D, D, m, cols, M, D, z_sum)
+    tl.store(mass_part + part * M + m, mass, mask=m < M)
+
+
+@triton.jit
+def _sum_parts(part_ptr, bh, splits, m, cols, M, D, BLOCK_M: tl.constexpr,
+               BLOCK_D: tl.constexpr):
+    """The sum over the splits of (B * h, splits, M, d), for one B * h."""
+    total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    part_ptr += bh.to(tl.int64) * splits * M * D
+    for split in range(splits):
+        total += _rows(part_ptr + split * M * D, D, m, cols, M, D)
+    return total
+
+
+@triton.jit
+def _weights(ptr, i, head, H, cols, D):
+    """Wq', Wk' or Wv' (i of 0, 1, 2) of a head, from (3, h, d, d)."""
+    return _rows(ptr + (i * H + head) * D * D, D, cols, cols, D, D)
+
+
+@triton.jit
+def finish_kernel(k_part, z_part, mass_part, weight_ptr, k_ptr, z_ptr,
+                  mass_ptr, v_rep_ptr, splits, M, D, H, interact_scale,
+                  MEAN: tl.constexpr, INTERACT: tl.constexpr,
+                  RESIDUAL: tl.constexpr, BLOCK_M: tl.constexpr,
+                  BLOCK_D: tl.constexpr):
+    """Add up Gather's splits, divide by the mass; Interact if INTERACT.
+
+    Grid (B * h, blocks of M); Interact needs all M in one block.
+    """
+    bh = tl.program_id(0)
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_D)
+    k_rep = _sum_parts(k_part, bh, splits, m, cols, M, D, BLOCK_M, BLOCK_D)
+    z = _sum_parts(z_part, bh, splits, m, cols, M, D, BLOCK_M, BLOCK_D)
+    mass = tl.zeros([BLOCK_M], tl.float32)
+    for split in range(splits):
+        mass += tl.load(
+            mass_part + (bh * splits + split) * M + m, mask=m < M, other=0.)
+    if MEAN:
+        divisor = tl.maximum(mass, MASS_EPS)[:, None]
+        k_rep = k_rep / divisor
+        z = z / divisor
+    _put_rows(k_ptr + bh * M * D, D, m, cols, M, D, k_rep)
+    _put_rows(z_ptr + bh * M * D, D, m, cols, M, D, z)
+    tl.store(mass_ptr + bh * M + m, mass, mask=m < M)
+    if INTERACT:
+        head = bh % H
+        q = _dot(z, _weights(weight_ptr, 0, head, H, cols, D))
+        k = _dot(z, _weights(weight_ptr, 1, head, H, cols, D))
+        v = _dot(z, _weights(weight_ptr, 2, head, H, cols, D))
+        logits = _logits(q * interact_scale, k, m, M, 'ieee')
+        a = tl.exp(logits - tl.max(logits, 1)[:, None])
+        v_rep = _dot(a / tl.sum(a, 1)[:, None], v)
+        if RESIDUAL:
+            v_rep += z
+        _put_rows(v_rep_ptr + bh * M * D, D, m, cols, M, D, v_rep)
+
+
+@triton.jit
+def _neighbours(ptr, stride, n, dy, dx, num_cls, height, width, cols, D):
+    """Rows of the tokens dy below and dx right of tokens n; 0 outside."""
+    y = (n - num_cls) // width + dy
+    x = (n - num_cls) % width + dx
+    inside = (n >= num_cls) & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    rows = num_cls + y * width + x
+    return tl.load(
+        ptr + rows[:, None].to(tl.int64) * stride + cols[None, :],
+        mask=inside[:, None] & (cols[None, :] < D),
+        other=0.).to(tl.float32)
+
+
+@triton.jit
+def _tap(ptr, channels, D_mask, tap, TAPS: tl.constexpr):
+    """The weight of one tap for a head's channels, from (C, 1, K, K)."""
+    return tl.load(
+        ptr + channels * TAPS + tap, mask=D_mask, other=0.).to(tl.float32)
+
+
+@triton.jit
+def distribute_kernel(q_ptr, k_rep_ptr, v_rep_ptr, v_ptr, dwc_weight,
+                      dwc_bias, out_ptr, q_sb, q_sn, q_sh, v_sb, v_sn, v_sh,
+                      out_sb, out_sn, out_sh, scale, N, M, D, H, height,
+                      width, KERNEL: tl.constexpr, BIAS: tl.constexpr,
+                      BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+                      BLOCK_D: tl.constexpr, BLOCKS: tl.constexpr,
+                      PRECISION: tl.constexpr):
+    """softmax(Q K_rep^T) V_rep, plus the convolution of V if KERNEL.
+
+    Grid (blocks of N, B * h).
+    """
+    bh = tl.program_id(1)
+    batch, head = (bh // H).to(tl.int64), bh % H
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols = tl.arange(0, BLOCK_D)
+    q = _rows(q_ptr + batch * q_sb + head * q_sh, q_sn, n, cols, N, D)
+    k_rep_ptr += bh * M * D
+    v_rep_ptr += bh * M * D
+    top = tl.full([BLOCK_N], float('-inf'), tl.float32)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    out = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for i in range(BLOCKS):
+        m = i * BLOCK_M + tl.arange(0, BLOCK_M)
+        keys = (_rows(k_rep_ptr, D, m, cols, M, D) * scale).to(q.dtype)
+        values = _rows(v_rep_ptr, D, m, cols, M, D).to(q.dtype)
+        logits = _logits(q, keys, m, M, PRECISION)
+        new = tl.maximum(top, tl.max(logits, 1))
+        s = tl.exp(logits - new[:, None])
+        shrink = tl.exp(top - new)
+        total = total * shrink + tl.sum(s, 1)
+        out = out * shrink[:, None] + _dot(s.to(q.dtype), values, PRECISION)
+        top = new
+    out = out / total[:, None]
+    if KERNEL > 0:
+        num_cls = N - height * width
+        v_ptr += batch * v_sb + head * v_sh
+        channels = head * D + cols
+        for tap in tl.static_range(KERNEL * KERNEL):
+            out += _neighbours(
+                v_ptr, v_sn, n, tap // KERNEL - KERNEL // 2,
+                tap % KERNEL - KERNEL // 2, num_cls, height, width, cols,
+                D) * _tap(dwc_weight, channels, cols < D, tap,
+                          KERNEL * KERNEL)[None, :]
+        if BIAS:
+            bias = _tap(dwc_bias, channels, cols < D, 0, 1)
+            out += tl.where(n[:, None] >= num_cls, bias[None, :], 0.)
+    _put_rows(out_ptr + batch * out_sb + head * out_sh, out_sn, n, cols, N, D,
+              out)
+
+
+@triton.jit
+def distribute_backward_kernel(
+        q_ptr, k_rep_ptr, v_rep_ptr, grad_ptr, grad_q_ptr, keys_part,
+        values_part, q_sb, q_sn, q_sh, grad_sb, grad_sn, grad_sh, grad_q_sb,
+        grad_q_sn, grad_q_sh, scale, N, M, D, H, split_tokens,
+        BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+        BLOCKS: tl.constexpr, PRECISION: tl.constexpr):
+    """The gradient of Q, and one split's part of those of K_rep and V_rep.
+
+    Grid (splits, B * h, blocks of M). ``keys_part`` is of scale * K_rep. The
+    programs of the first block of M write the gradient of Q.
+    """
+    split, splits = tl.program_id(0), tl.num_programs(0)
+    bh, block = tl.program_id(1), tl.program_id(2)
+    batch, head = (bh // H).to(tl.int64), bh % H
+    q_ptr += batch * q_sb + head * q_sh
+    grad_ptr += batch * grad_sb + head * grad_sh
+    grad_q_ptr += batch * grad_q_sb + head * grad_q_sh
+    k_rep_ptr += bh * M * D
+    v_rep_ptr += bh * M * D
+    cols = tl.arange(0, BLOCK_D)
+    m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    dtype = q_ptr.dtype.element_ty
+    keys = (_rows(k_rep_ptr, D, m, cols, M, D) * scale).to(dtype)
+    values = _rows(v_rep_ptr, D, m, cols, M, D).to(dtype)
+    keys_sum = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    values_sum = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    first = split * split_tokens
+    for start in range(first, tl.minimum(first + split_tokens, N), BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        q = _rows(q_ptr, q_sn, n, cols, N, D)
+        # Rows past the end are zeros here, so they add nothing below.
+        grad = _rows(grad_ptr, grad_sn, n, cols, N, D)
+        logits = _logits(q, keys, m, M, PRECISION)
+        grad_s = _dot(grad, tl.trans(values), PRECISION)
+        if BLOCKS == 1:
+            s = tl.exp(logits - tl.max(logits, 1)[:, None])
+            s = s / tl.sum(s, 1)[:, None]
+            mean = tl.sum(s * grad_s, 1)
+        else:
+            top, total = _softmax_total(q, k_rep_ptr, scale, cols, M, D,
+                                        BLOCK_N, BLOCK_M, BLOCKS, PRECISION)
+            s = tl.exp(logits - top[:, None]) / total[:, None]
+            mean = tl.zeros([BLOCK_N], tl.float32)
+            for i in range(BLOCKS):
+                other = i * BLOCK_M + tl.arange(0, BLOCK_M)
+                k_i = (_rows(k_rep_ptr, D, other, cols, M, D) *
+                       scale).to(dtype)
+                v_i = _rows(v_rep_ptr, D, other, cols, M, D).to(dtype)
+                s_i = tl.exp(_logits(q, k_i, other, M, PRECISION) -
+                             top[:, None])
+                mean += tl.sum(
+                    s_i * _dot(grad, tl.trans(v_i), PRECISION), 1)
+            mean = mean / total
+        grad_logits = (s * (grad_s - mean[:, None])).to(dtype)
+        keys_sum += _dot(tl.trans(grad_logits), q, PRECISION)
+        values_sum += _dot(tl.trans(s.to(dtype)), grad, PRECISION)
+        if block == 0:
+            grad_q = _dot(grad_logits, keys, PRECISION)
+            if BLOCKS > 1:
+                for i in range(1, BLOCKS):
+                    other = i * BLOCK_M + tl.arange(0, BLOCK_M)
+                    k_i = (_rows(k_rep_ptr, D, other, cols, M, D) *
+                           scale).to(dtype)
+                    v_i = _rows(v_rep_ptr, D, other, cols, M, D).to(dtype)
+                    s_i = tl.exp(_logits(q, k_i, other, M, PRECISION) -
+                                 top[:, None]) / total[:, None]
+                    grad_s_i = _dot(grad, tl.trans(v_i), PRECISION)
+                    grad_logits_i = s_i * (grad_s_i - mean[:, None])
+                    grad_q += _dot(grad_logits_i.to(dtype), k_i, PRECISION)
+            _put_rows(grad_q_ptr, grad_q_sn, n, cols, N, D, grad_q)
+    part = bh.to(tl.int64) * splits + split
+    _put_rows(keys_part + part * M * D, D, m, cols, M, D, keys_sum)
+    _put_rows(values_part + part * M * D, D, m, cols, M, D, values_sum)
+
+
+@triton.jit
+def interact_backward_kernel(keys_part, values_part, weight_ptr, k_ptr, z_ptr,
+                             mass_ptr, grad_k_ptr, grad_z_ptr, offset_ptr,
+                             unit_ptr, grad_weight_ptr, splits, M, D, H,
+                             scale, interact_scale, MEAN: tl.constexpr,
+                             RESIDUAL: tl.constexpr, BLOCK_M: tl.constexpr,
+                             BLOCK_D: tl.constexpr):
+    """From Distribute's backward to what Gather's wants, through Interact.
+
+    Grid (B * h), all M in one block. Writes G_k, G_z and the offset of
+    ``fused.gather_backward`` divided by ``unit`` (B * h), which keeps them
+    within the range of float16, and the weights' gradients
+    (B * h, 3, d, d).
+    """
+    bh = tl.program_id(0)
+    head = bh % H
+    m, cols = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    grad_k = scale * _sum_parts(keys_part, bh, splits, m, cols, M, D, BLOCK_M,
+                                BLOCK_D)
+    grad_v_rep = _sum_parts(values_part, bh, splits, m, cols, M, D, BLOCK_M,
+                            BLOCK_D)
+    k_rep = _rows(k_ptr + bh * M * D, D, m, cols, M, D)
+    z = _rows(z_ptr + bh * M * D, D, m, cols, M, D)
+    w_q = _weights(weight_ptr, 0, head, H, cols, D)
+    w_k = _weights(weight_ptr, 1, head, H, cols, D)
+    w_v = _weights(weight_ptr, 2, head, H, cols, D)
+    q, k, v = _dot(z, w_q), _dot(z, w_k), _dot(z, w_v)
+    logits = _logits(q * interact_scale, k, m, M, 'ieee')
+    a = tl.exp(logits - tl.max(logits, 1)[:, None])
+    a = a / tl.sum(a, 1)[:, None]
+    grad_a = _dot(grad_v_rep, tl.trans(v))
+    grad_logits = a * (grad_a - tl.sum(a * grad_a, 1)[:, None])
+    grad_logits = grad_logits * interact_scale
+    # Rows past M are not of the model; their columns are 0 already.
+    grad_logits = tl.where(m[:, None] < M, grad_logits, 0.)
+    grad_q = _dot(grad_logits, k)
+    grad_key = _dot(tl.trans(grad_logits), q)
+    grad_v = _dot(tl.trans(tl.where(m[:, None] < M, a, 0.)), grad_v_rep)
+    grad_z = (_dot(grad_q, tl.trans(w_q)) + _dot(grad_key, tl.trans(w_k)) +
+              _dot(grad_v, tl.trans(w_v)))
+    if RESIDUAL:
+        grad_z += grad_v_rep
+    z_t = tl.trans(z)
+    grad_weight_ptr += bh * 3 * D * D
+    _put_rows(grad_weight_ptr, D, cols, cols, D, D, _dot(z_t, grad_q))
+    _put_rows(grad_weight_ptr + D * D, D, cols, cols, D, D,
+              _dot(z_t, grad_key))
+    _put_rows(grad_weight_ptr + 2 * D * D, D, cols, cols, D, D,
+              _dot(z_t, grad_v))
+    offset = tl.zeros([BLOCK_M], tl.float32)
+    if MEAN:
+        mass = tl.load(mass_ptr + bh * M + m, mask=m < M, other=1.)
+        divisor = tl.maximum(mass, MASS_EPS)[:, None]
+        grad_k = grad_k / divisor
+        grad_z = grad_z / divisor
+        offset = tl.sum(k_rep * grad_k + z * grad_z, 1)
+        offset = tl.where(mass >= MASS_EPS, offset, 0.)
+    unit = tl.maximum(tl.max(tl.abs(grad_k)), tl.max(tl.abs(grad_z)))
+    unit = tl.where(unit > 0, unit, 1.)
+    _put_rows(grad_k_ptr + bh * M * D, D, m, cols, M, D, grad_k / unit)
+    _put_rows(grad_z_ptr + bh * M * D, D, m, cols, M, D, grad_z / unit)
+    tl.store(offset_ptr + bh * M + m, offset / unit, mask=m < M)
+    tl.store(unit_ptr + bh, unit)
+
+
+@triton.jit
+def gather_backward_kernel(
+        k_ptr, v_ptr, anchors_ptr, g_k_ptr, g_z_ptr, offset_ptr, unit_ptr,
+        grad_ptr, dwc_weight, grad_k_ptr, grad_v_ptr, anchors_part, dwc_part,
+        k_sb, k_sn, k_sh, v_sb, v_sn, v_sh, anchors_sh, grad_sb, grad_sn,
+        grad_sh, grad_k_sb, grad_k_sn, grad_k_sh, grad_v_sb, grad_v_sn,
+        grad_v_sh, N, M, D, H, height, width, split_tokens,
+        KERNEL: tl.constexpr, BLOCK_TAPS: tl.constexpr,
+        BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+        BLOCKS: tl.constexpr, PRECISION: tl.constexpr):
+    """Gradients of K and V, one split's part of the anchors' and of DWC's.
+
+    Grid (splits, B * h, blocks of M). The programs of the first block of M
+    write those of K and V, with the convolution's, whose weights' part is
+    (B * h, splits, KERNEL * KERNEL + 1, d), the last row the bias's.
+    """
+    split, splits = tl.program_id(0), tl.num_programs(0)
+    bh, block = tl.program_id(1), tl.program_id(2)
+    batch, head = (bh // H).to(tl.int64), bh % H
+    k_ptr += batch * k_sb + head * k_sh
+    v_ptr += batch * v_sb + head * v_sh
+    grad_ptr += batch * grad_sb + head * grad_sh
+    grad_k_ptr += batch * grad_k_sb + head * grad_k_sh
+    grad_v_ptr += batch * grad_v_sb + head * grad_v_sh
+    anchors_ptr += head * anchors_sh
+    g_k_ptr += bh * M * D
+    g_z_ptr += bh * M * D
+    offset_ptr += bh * M
+    unit = tl.load(unit_ptr + bh)
+    cols = tl.arange(0, BLOCK_D)
+    m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    dtype = k_ptr.dtype.element_ty
+    anchors = _rows(anchors_ptr, D, m, cols, M, D).to(dtype)
+    g_k = _rows(g_k_ptr, D, m, cols, M, D).to(dtype)
+    g_z = _rows(g_z_ptr, D, m, cols, M, D).to(dtype)
+    offset = tl.load(offset_ptr + m, mask=m < M, other=0.)
+    anchors_sum = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    taps = tl.arange(0, BLOCK_TAPS)
+    taps_sum = tl.zeros([BLOCK_TAPS, BLOCK_D], tl.float32)
+    channels = head * D + cols
+    num_cls = N - height * width
+    first = split * split_tokens
+    for start in range(first, tl.minimum(first + split_tokens, N), BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        k = _rows(k_ptr, k_sn, n, cols, N, D)
+        v = _rows(v_ptr, v_sn, n, cols, N, D)
+        logits = _logits(k, anchors, m, M, PRECISION)
+        grad_p = _dot(k, tl.trans(g_k), PRECISION)
+        grad_p += _dot(v, tl.trans(g_z), PRECISION)
+        grad_p -= offset[None, :]
+        if BLOCKS == 1:
+            p = tl.exp(logits - tl.max(logits, 1)[:, None])
+            p = p / tl.sum(p, 1)[:, None]
+            mean = tl.sum(p * grad_p, 1)
+        else:
+            top, total = _softmax_total(k, anchors_ptr, 1., cols, M, D,
+                                        BLOCK_N, BLOCK_M, BLOCKS, PRECISION)
+            p = tl.exp(logits - top[:, None]) / total[:, None]
+            mean = tl.zeros([BLOCK_N], tl.float32)
+            for i in range(BLOCKS):
+                other = i * BLOCK_M + tl.arange(0, BLOCK_M)
+                a_i = _rows(anchors_ptr, D, other, cols, M, D).to(dtype)
+                p_i = tl.exp(_logits(k, a_i, other, M, PRECISION) -
+                             top[:, None])
+                mean += tl.sum(
+                    p_i * _grad_p(k, v, g_k_ptr, g_z_ptr, offset_ptr, other,
+                                  cols, M, D, PRECISION), 1)
+            mean = mean / total
+        # A token past the end has k = v = 0, but -offset is not 0.
+        p = tl.where(n[:, None] < N, p, 0.)
+        grad_logits = (p * (grad_p - mean[:, None])).to(dtype)
+        anchors_sum += _dot(tl.trans(grad_logits), k, PRECISION)
+        if block == 0:
+            p = p.to(dtype)
+            grad_k = _dot(p, g_k, PRECISION)
+            grad_k += _dot(grad_logits, anchors, PRECISION)
+            grad_v = _dot(p, g_z, PRECISION)
+            if BLOCKS > 1:
+                for i in range(1, BLOCKS):
+                    other = i * BLOCK_M + tl.arange(0, BLOCK_M)
+                    a_i = _rows(anchors_ptr, D, other, cols, M, D).to(dtype)
+                    p_i = tl.exp(_logits(k, a_i, other, M, PRECISION) -
+                                 top[:, None]) / total[:, None]
+                    grad_p_i = _grad_p(k, v, g_k_ptr, g_z_ptr, offset_ptr,
+                                       other, cols, M, D, PRECISION)
+                    grad_logits_i = p_i * (grad_p_i - mean[:, None])
+                    p_i = p_i.to(dtype)
+                    g_k_i = _rows(g_k_ptr, D, other, cols, M, D).to(dtype)
+                    g_z_i = _rows(g_z_ptr, D, other, cols, M, D).to(dtype)
+                    grad_k += _dot(p_i, g_k_i, PRECISION)
+                    grad_k += _dot(grad_logits_i.to(dtype), a_i, PRECISION)
+                    grad_v += _dot(p_i, g_z_i, PRECISION)
+            grad_v = grad_v * unit
+            if KERNEL > 0:
+                for tap in tl.static_range(KERNEL * KERNEL):
+                    grad = _neighbours(grad_ptr, grad_sn, n,
+                                       KERNEL // 2 - tap // KERNEL,
+                                       KERNEL // 2 - tap % KERNEL, num_cls,
+                                       height, width, cols, D)
+                    # Padding rows wrap to tokens that are in the map.
+                    grad = tl.where(n[:, None] < N, grad, 0.)
+                    grad_v += grad * _tap(dwc_weight, channels, cols < D,
+                                          tap, KERNEL * KERNEL)[None, :]
+                    part = tl.sum(grad * v.to(tl.float32), 0)
+                    taps_sum += tl.where(taps[:, None] == tap, part[None, :],
+                                         0.)
+                    if tap == KERNEL * KERNEL // 2:
+                        taps_sum += tl.where(
+                            taps[:, None] == KERNEL * KERNEL,
+                            tl.sum(grad, 0)[None, :], 0.)
+            _put_rows(grad_k_ptr, grad_k_sn, n, cols, N, D, grad_k * unit)
+            _put_rows(grad_v_ptr, grad_v_sn, n, cols, N, D, grad_v)
+    part = bh.to(tl.int64) * splits + split
+    _put_rows(anchors_part + part * M * D, D, m, cols, M, D,
+              anchors_sum * unit)
+    if KERNEL > 0:
+        if block == 0:
+            _put_rows(dwc_part + part * (KERNEL * KERNEL + 1) * D, D, taps,
+                      cols, KERNEL * KERNEL + 1, D, taps_sum)
+
+
+@triton.jit
+def _grad_p(k, v, g_k_ptr, g_z_ptr, offset_ptr, m, cols, M, D,
+            PRECISION: tl.constexpr):
+    """The routing's gradient for one block of M; see gather_backward."""
+    g_k = _rows(g_k_ptr, D, m, cols, M, D).to(k.dtype)
+    g_z = _rows(g_z_ptr, D, m, cols, M, D).to(k.dtype)
+    grad_p = _dot(k, tl.trans(g_k), PRECISION)
+    grad_p += _dot(v, tl.trans(g_z), PRECISION)
+    return grad_p - tl.load(offset_ptr + m, mask=m < M, other=0.)[None, :]
