@@ -72,14 +72,21 @@ def resolve_impl(impl: str, device_type: str, dtype: torch.dtype,
     if impl == 'triton':
         reason = _why_not_triton(dtype, head_dims, num_representatives,
                                  routing)
-        if reason is None and device_type not in ('cuda', 'meta'):
-            from .triton_launch import interpreting
-            if not interpreting():
-                reason = (f'tensors on CUDA, got {device_type!r} (or, to '
-                          'test, TRITON_INTERPRET=1 in the environment)')
+        if (reason is None and device_type not in ('cuda', 'meta')
+                and not _interpreting()):
+            reason = (f'tensors on CUDA, got {device_type!r} (or, to test, '
+                      'TRITON_INTERPRET=1 in the environment)')
         if reason is not None:
             raise ValueError(f"impl='triton' needs {reason}; use impl='auto'")
     return impl
+
+
+def _interpreting() -> bool:
+    try:
+        from .triton_launch import interpreting
+    except ImportError:
+        return False
+    return interpreting()
 
 
 def _why_not_triton(dtype: torch.dtype, head_dims: int,

@@ -48,7 +48,12 @@ def _kernels(impl: str) -> Any:
     """The module with ``forward`` and ``backward`` of an implementation."""
     if impl == 'fused':
         return fused
-    from . import triton_launch
+    try:
+        from . import triton_launch
+    except ImportError as error:
+        raise ImportError("impl='triton', which 'auto' stands for on CUDA, "
+                          'needs the package triton: pip install triton, or '
+                          "choose impl='fused'") from error
     return triton_launch
 
 
@@ -61,7 +66,8 @@ def _rp_attention(
         impl: str) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
     q, k, v = _unpack(qkv)
     options = Options(routing, reduction, interact_residual, scale)
-    with without_autocast(q.device.type):
+    # A Triton kernel is launched on the current device, wherever q is.
+    with without_autocast(q.device.type), torch.cuda.device_of(q):
         out, reps = _kernels(impl).forward(
             q, k, v, *_compute_in(q.dtype, anchors, interact_weight,
                                   interact_proj), dwc_weight, dwc_bias,
@@ -101,7 +107,7 @@ def _rp_attention_backward(
              for t in qkv]
     options = Options(routing, reduction, interact_residual, scale)
     params = (anchors, interact_weight, interact_proj, dwc_weight, dwc_bias)
-    with without_autocast(q.device.type):
+    with without_autocast(q.device.type), torch.cuda.device_of(q):
         param_grads = _kernels(impl).backward(
             q, k, v, *_compute_in(q.dtype, *params[:3]), dwc_weight, dwc_bias,
             (height, width), options, Representatives(k_rep, z, mass),

@@ -15,6 +15,9 @@ import triton.language as tl
 
 # naive.MASS_EPS; a kernel may only use constants of Triton's own kind.
 MASS_EPS = tl.constexpr(1e-6)
+# Of Interact's small float32 products: three TF32 products each, which leave
+# an error near float32's and run on tensor cores.
+EXACT = tl.constexpr('tf32x3')
 
 
 @triton.jit
@@ -38,8 +41,8 @@ def _put_rows(ptr, stride, rows, cols, num_rows, num_cols, x):
 
 
 @triton.jit
-def _dot(a, b, PRECISION: tl.constexpr = 'ieee'):
-    """A product, added up in float32; not rounded before, by default."""
+def _dot(a, b, PRECISION: tl.constexpr):
+    """A product, added up in float32."""
     if PRECISION == 'upcast':
         # For the interpreter, which multiplies the bits of bfloat16.
         return tl.dot(
@@ -167,12 +170,12 @@ def finish_kernel(k_part, z_part, mass_part, weight_ptr, k_ptr, z_ptr,
     tl.store(mass_ptr + bh * M + m, mass, mask=m < M)
     if INTERACT:
         head = bh % H
-        q = _dot(z, _weights(weight_ptr, 0, head, H, cols, D))
-        k = _dot(z, _weights(weight_ptr, 1, head, H, cols, D))
-        v = _dot(z, _weights(weight_ptr, 2, head, H, cols, D))
-        logits = _logits(q * interact_scale, k, m, M, 'ieee')
+        q = _dot(z, _weights(weight_ptr, 0, head, H, cols, D), EXACT)
+        k = _dot(z, _weights(weight_ptr, 1, head, H, cols, D), EXACT)
+        v = _dot(z, _weights(weight_ptr, 2, head, H, cols, D), EXACT)
+        logits = _logits(q * interact_scale, k, m, M, EXACT)
         a = tl.exp(logits - tl.max(logits, 1)[:, None])
-        v_rep = _dot(a / tl.sum(a, 1)[:, None], v)
+        v_rep = _dot(a / tl.sum(a, 1)[:, None], v, EXACT)
         if RESIDUAL:
             v_rep += z
         _put_rows(v_rep_ptr + bh * M * D, D, m, cols, M, D, v_rep)
@@ -351,29 +354,34 @@ def interact_backward_kernel(keys_part, values_part, weight_ptr, k_ptr, z_ptr,
     w_q = _weights(weight_ptr, 0, head, H, cols, D)
     w_k = _weights(weight_ptr, 1, head, H, cols, D)
     w_v = _weights(weight_ptr, 2, head, H, cols, D)
-    q, k, v = _dot(z, w_q), _dot(z, w_k), _dot(z, w_v)
-    logits = _logits(q * interact_scale, k, m, M, 'ieee')
+    q = _dot(z, w_q, EXACT)
+    k = _dot(z, w_k, EXACT)
+    v = _dot(z, w_v, EXACT)
+    logits = _logits(q * interact_scale, k, m, M, EXACT)
     a = tl.exp(logits - tl.max(logits, 1)[:, None])
     a = a / tl.sum(a, 1)[:, None]
-    grad_a = _dot(grad_v_rep, tl.trans(v))
+    grad_a = _dot(grad_v_rep, tl.trans(v), EXACT)
     grad_logits = a * (grad_a - tl.sum(a * grad_a, 1)[:, None])
     grad_logits = grad_logits * interact_scale
     # Rows past M are not of the model; their columns are 0 already.
     grad_logits = tl.where(m[:, None] < M, grad_logits, 0.)
-    grad_q = _dot(grad_logits, k)
-    grad_key = _dot(tl.trans(grad_logits), q)
-    grad_v = _dot(tl.trans(tl.where(m[:, None] < M, a, 0.)), grad_v_rep)
-    grad_z = (_dot(grad_q, tl.trans(w_q)) + _dot(grad_key, tl.trans(w_k)) +
-              _dot(grad_v, tl.trans(w_v)))
+    grad_q = _dot(grad_logits, k, EXACT)
+    grad_key = _dot(tl.trans(grad_logits), q, EXACT)
+    a = tl.where(m[:, None] < M, a, 0.)
+    grad_v = _dot(tl.trans(a), grad_v_rep, EXACT)
+    grad_z = _dot(grad_q, tl.trans(w_q), EXACT)
+    grad_z += _dot(grad_key, tl.trans(w_k), EXACT)
+    grad_z += _dot(grad_v, tl.trans(w_v), EXACT)
     if RESIDUAL:
         grad_z += grad_v_rep
     z_t = tl.trans(z)
     grad_weight_ptr += bh * 3 * D * D
-    _put_rows(grad_weight_ptr, D, cols, cols, D, D, _dot(z_t, grad_q))
+    _put_rows(grad_weight_ptr, D, cols, cols, D, D,
+              _dot(z_t, grad_q, EXACT))
     _put_rows(grad_weight_ptr + D * D, D, cols, cols, D, D,
-              _dot(z_t, grad_key))
+              _dot(z_t, grad_key, EXACT))
     _put_rows(grad_weight_ptr + 2 * D * D, D, cols, cols, D, D,
-              _dot(z_t, grad_v))
+              _dot(z_t, grad_v, EXACT))
     offset = tl.zeros([BLOCK_M], tl.float32)
     if MEAN:
         mass = tl.load(mass_ptr + bh * M + m, mask=m < M, other=1.)
@@ -463,10 +471,10 @@ def gather_backward_kernel(
         grad_logits = (p * (grad_p - mean[:, None])).to(dtype)
         anchors_sum += _dot(tl.trans(grad_logits), k, PRECISION)
         if block == 0:
-            p = p.to(dtype)
-            grad_k = _dot(p, g_k, PRECISION)
+            p_cast = p.to(dtype)  # a branch must not change a type
+            grad_k = _dot(p_cast, g_k, PRECISION)
             grad_k += _dot(grad_logits, anchors, PRECISION)
-            grad_v = _dot(p, g_z, PRECISION)
+            grad_v = _dot(p_cast, g_z, PRECISION)
             if BLOCKS > 1:
                 for i in range(1, BLOCKS):
                     other = i * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -476,12 +484,12 @@ def gather_backward_kernel(
                     grad_p_i = _grad_p(k, v, g_k_ptr, g_z_ptr, offset_ptr,
                                        other, cols, M, D, PRECISION)
                     grad_logits_i = p_i * (grad_p_i - mean[:, None])
-                    p_i = p_i.to(dtype)
+                    p_cast = p_i.to(dtype)
                     g_k_i = _rows(g_k_ptr, D, other, cols, M, D).to(dtype)
                     g_z_i = _rows(g_z_ptr, D, other, cols, M, D).to(dtype)
-                    grad_k += _dot(p_i, g_k_i, PRECISION)
+                    grad_k += _dot(p_cast, g_k_i, PRECISION)
                     grad_k += _dot(grad_logits_i.to(dtype), a_i, PRECISION)
-                    grad_v += _dot(p_i, g_z_i, PRECISION)
+                    grad_v += _dot(p_cast, g_z_i, PRECISION)
             grad_v = grad_v * unit
             if KERNEL > 0:
                 for tap in tl.static_range(KERNEL * KERNEL):

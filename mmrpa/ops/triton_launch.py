@@ -12,10 +12,10 @@ from .fused import Options, Representatives
 from .naive import MASS_EPS, interact
 
 # Interact runs inside a kernel up to these sizes: one program then holds all
-# its matrices in registers. Beyond them, and for what it does not know (the
-# full reading, an output projection), it runs in torch.
+# its matrices. Beyond them, and for what it does not know (the full reading,
+# an output projection), it runs in torch.
 MAX_INTERACT_DIMS = 64
-MAX_BLOCK_M = 64
+MAX_INTERACT_REPRESENTATIVES = 64
 # Programs per multiprocessor that the kernels which sum over tokens aim at.
 WAVES = 4
 # Splits to aim at without a GPU, so that the interpreter adds some up.
@@ -37,6 +37,7 @@ class Tiles(NamedTuple):
     blocks: int
     splits: int
     split_tokens: int
+    stages: int
     precision: str
 
     @property
@@ -48,30 +49,36 @@ class Tiles(NamedTuple):
             BLOCK_D=self.block_d,
             BLOCKS=self.blocks,
             PRECISION=self.precision,
-            num_warps=4,
-            num_stages=2)
+            num_warps=8,
+            num_stages=self.stages)
+
+
+def _block(size: int) -> int:
+    """The power of two, at least 16 as tl.dot wants, that holds ``size``."""
+    return max(16, triton.next_power_of_2(size))
 
 
 def block_sizes(head_dims: int, num_representatives: int,
-                itemsize: int) -> Tuple[int, int, int]:
-    """Tokens, representatives and channels of a block.
+                itemsize: int) -> Tuple[int, int, int, int]:
+    """Tokens, representatives and channels of a block, and pipeline stages.
 
-    Blocks of M and d are powers of two of at least 16, as tl.dot wants. The
-    tokens are as many as registers and shared memory of an sm_80 hold
-    (``tests/test_ops/test_triton_compile.py`` compiles them).
+    Chosen so that, compiled for sm_80, the kernels spill few registers and
+    stay below the 99 KiB of shared memory that an sm_86 has; found by
+    compiling, not by running: ``tests/test_ops/test_triton_compile.py``.
     """
-    block_d = max(16, triton.next_power_of_2(head_dims))
-    block_m = min(MAX_BLOCK_M,
-                  max(16, triton.next_power_of_2(num_representatives)))
-    block_n = 128 if max(block_d, block_m) * itemsize <= 64 else 64
-    return (32 if block_d * itemsize > 256 else block_n), block_m, block_d
+    block_d = _block(head_dims)
+    row = block_d * itemsize
+    block_n = 64 if row <= 64 else 32 if row <= 128 else 16
+    limit_m = 16 if row > 256 else 32 if row > 128 or itemsize > 2 else 64
+    return (block_n, min(limit_m, _block(num_representatives)), block_d,
+            2 if row <= 128 else 1)
 
 
 def tiles(q: Tensor, num_representatives: int) -> Tiles:
     """Block sizes and splits for (B, N, h, d) and M."""
     batch, num_tokens, heads, dims = q.shape
-    block_n, block_m, block_d = block_sizes(dims, num_representatives,
-                                            q.element_size())
+    block_n, block_m, block_d, stages = block_sizes(
+        dims, num_representatives, q.element_size())
     blocks = triton.cdiv(num_representatives, block_m)
     if q.device.type == 'cuda':
         properties = torch.cuda.get_device_properties(q.device)
@@ -82,7 +89,7 @@ def tiles(q: Tensor, num_representatives: int) -> Tiles:
     steps = triton.cdiv(num_tokens, block_n)
     split_tokens = triton.cdiv(steps, min(splits, steps)) * block_n
     return Tiles(block_n, block_m, block_d, blocks,
-                 triton.cdiv(num_tokens, split_tokens), split_tokens,
+                 triton.cdiv(num_tokens, split_tokens), split_tokens, stages,
                  _precision(q.dtype))
 
 
@@ -91,13 +98,14 @@ def _precision(dtype: torch.dtype) -> str:
     if interpreting():
         return 'upcast'
     exact = torch.get_float32_matmul_precision() == 'highest'
-    return 'ieee' if dtype == torch.float32 and exact else 'tf32'
+    return 'tf32x3' if dtype == torch.float32 and exact else 'tf32'
 
 
-def _interacts(weight: Tensor, proj: Optional[Tensor], tile: Tiles) -> bool:
+def _interacts(weight: Tensor, proj: Optional[Tensor], m: int) -> bool:
     """Whether the kernels do Interact too."""
-    return (weight.dim() == 4 and proj is None and tile.blocks == 1
-            and tile.block_d <= MAX_INTERACT_DIMS)
+    return (weight.dim() == 4 and proj is None
+            and weight.shape[-1] <= MAX_INTERACT_DIMS
+            and m <= MAX_INTERACT_REPRESENTATIVES)
 
 
 def _strides(*tensors: Tensor) -> Tuple[int, ...]:
@@ -163,7 +171,8 @@ def _gather(k: Tensor, v: Tensor, anchors: Tensor, weight: Tensor,
     batch, num_tokens, heads, dims = k.shape
     m = anchors.shape[1]
     tile = tiles(k, m)
-    inside = _interacts(weight, proj, tile)
+    inside = _interacts(weight, proj, m)
+    block_m = _block(m) if inside else tile.block_m
 
     def empty(*shape: int) -> Tensor:
         return anchors.new_empty(batch, heads, *shape)
@@ -175,10 +184,10 @@ def _gather(k: Tensor, v: Tensor, anchors: Tensor, weight: Tensor,
         num_tokens, m, dims, heads, tile.split_tokens, **tile.constants)
     reps = Representatives(empty(m, dims), empty(m, dims), empty(m))
     v_rep = empty(m, dims) if inside else reps.z
-    kernels.finish_kernel[batch * heads, tile.blocks](
+    kernels.finish_kernel[batch * heads, triton.cdiv(m, block_m)](
         *parts, weight, *reps, v_rep, tile.splits, m, dims, heads, dims**-0.5,
         MEAN=options.reduction == 'mean', INTERACT=inside,
-        RESIDUAL=options.residual, BLOCK_M=tile.block_m, BLOCK_D=tile.block_d)
+        RESIDUAL=options.residual, BLOCK_M=block_m, BLOCK_D=tile.block_d)
     if not inside:
         v_rep = interact(reps.z, weight, proj, options.residual).contiguous()
     return reps, v_rep
@@ -249,7 +258,7 @@ def _interact_backward(
     """
     batch, heads, m, dims = reps.k.shape
     mean = options.reduction == 'mean'
-    if _interacts(weight, proj, tile):
+    if _interacts(weight, proj, m):
         routed = (torch.empty_like(reps.k), torch.empty_like(reps.z),
                   torch.empty_like(reps.mass), reps.mass.new_empty(batch,
                                                                    heads))
@@ -257,7 +266,7 @@ def _interact_backward(
         kernels.interact_backward_kernel[(batch * heads, )](
             *parts, weight, *reps, *routed, grad_weight, tile.splits, m, dims,
             heads, options.scale, dims**-0.5, MEAN=mean,
-            RESIDUAL=options.residual, BLOCK_M=tile.block_m,
+            RESIDUAL=options.residual, BLOCK_M=_block(m),
             BLOCK_D=tile.block_d)
         return routed, grad_weight.sum(0).transpose(0, 1), None
     grad_k, grad_v_rep = (part.sum(2) for part in parts)
