@@ -1,8 +1,15 @@
 """Fixtures for all tests."""
 
+import os
+
 import pytest
 import torch
 from mmengine.registry import DefaultScope
+
+# Triton decides when it is imported, which mmrpa does after this, whether its
+# kernels are for a GPU or for its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault('TRITON_INTERPRET', '1')
 
 
 @pytest.fixture(autouse=True)

@@ -99,3 +99,38 @@ def rp_attention(q, k, v, anchors, interact_weight, *,
         ]
         images.append(torch.stack(heads))
     return torch.stack(images)
+
+
+def depthwise(v, hw_shape, weight, bias):
+    """Depth-wise convolution with zero padding, one cell at a time."""
+    height, width = hw_shape
+    pad = weight.shape[-1] // 2
+    rows = []
+    for y in range(height):
+        for x in range(width):
+            cell = torch.zeros_like(v[:, 0]) if bias is None else bias
+            for dy in range(-pad, pad + 1):
+                for dx in range(-pad, pad + 1):
+                    if 0 <= y + dy < height and 0 <= x + dx < width:
+                        token = v[:, (y + dy) * width + x + dx]
+                        cell = cell + token * weight[:, 0, dy + pad, dx + pad]
+            rows.append(cell.expand_as(v[:, 0]))
+    return torch.stack(rows, dim=1)
+
+
+def rp_attention_qkv(qkv, anchors, interact_weight, *, num_heads,
+                     hw_shape=(0, 0), dwc_weight=None, dwc_bias=None,
+                     **options):
+    """The operator on (B, N, 3C); see mmrpa.ops.rp_attention_qkv."""
+    channels = qkv.shape[-1] // 3
+    q, k, v = qkv.double().split(channels, dim=-1)
+    heads = (torch.stack(t.split(channels // num_heads, dim=-1), dim=1)
+             for t in (q, k, v))
+    out = rp_attention(*heads, anchors, interact_weight, **options)
+    out = torch.cat(list(out.unbind(1)), dim=-1)
+    if dwc_weight is None:
+        return out
+    num_cls = qkv.shape[1] - hw_shape[0] * hw_shape[1]
+    local = depthwise(v[:, num_cls:], hw_shape, dwc_weight.double(),
+                      None if dwc_bias is None else dwc_bias.double())
+    return torch.cat((out[:, :num_cls], out[:, num_cls:] + local), dim=1)

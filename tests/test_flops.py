@@ -8,6 +8,7 @@ from mmengine.config import Config
 
 from mmrpa.backbones import RPPVT, RPCSWin, RPDeiT, RPSwin
 from mmrpa.flops import count_backbone, count_model, count_twins
+from mmrpa.ops import IMPLS
 
 FAMILIES = dict(RPDeiT=RPDeiT, RPPVT=RPPVT, RPSwin=RPSwin, RPCSWin=RPCSWin)
 NANO = (TOOLS.parent / 'configs/mmdet/quickstart'
@@ -48,8 +49,7 @@ def cross(h, w, c, split):
 
 def closed_form(name, arch, attention, hw_shape):
     """Total, attention layers, and their mixing, in multiply-adds."""
-    cls = FAMILIES[name]
-    a = cls.arch_zoo[arch]
+    a = FAMILIES[name].arch_zoo[arch] if isinstance(arch, str) else arch
     plain = name == 'RPDeiT'
     dims = [a['embed_dims']] if plain else a['embed_dims']
     depths = [a['depths']] if plain else a['depths']
@@ -104,6 +104,19 @@ def test_every_arch_and_twin_equals_the_closed_form(name, arch, hw_shape):
             name, arch, 'rp' if attention == 'as configured' else attention,
             hw_shape)
         assert (count.macs, count.attention, count.mixing) == expected
+
+
+@pytest.mark.parametrize('name,arch', ARCHS, ids=['-'.join(a) for a in ARCHS])
+def test_every_impl_equals_the_closed_form(name, arch):
+    # One block a stage: blocks of a stage are alike.
+    arch = dict(FAMILIES[name].arch_zoo[arch])
+    arch['depths'] = 1 if name == 'RPDeiT' else (1, 1, 1, 1)
+    expected = closed_form(name, arch, 'rp', (270, 333))
+    for impl in IMPLS[1:]:
+        count = count_backbone(
+            dict(type=f'mmrpa.{name}', arch=arch, rp_cfg=dict(impl=impl)),
+            (270, 333))
+        assert (count.macs, count.attention, count.mixing) == expected, impl
 
 
 def test_parameters_are_those_of_the_backbone():

@@ -258,12 +258,13 @@ def rp_attention_qkv(qkv: Tensor,
         return out
     num_cls = num_tokens - hw_shape[0] * hw_shape[1]
     local = qkv[:, num_cls:, 2 * channels:].transpose(1, 2)
-    local = F.conv2d(
-        local.unflatten(-1, hw_shape),
-        dwc_weight.to(qkv.dtype),
-        None if dwc_bias is None else dwc_bias.to(qkv.dtype),
-        padding=dwc_weight.shape[-1] // 2,
-        groups=channels)
+    with naive.without_autocast(qkv.device.type):
+        local = F.conv2d(
+            local.unflatten(-1, hw_shape),
+            dwc_weight.to(qkv.dtype),
+            None if dwc_bias is None else dwc_bias.to(qkv.dtype),
+            padding=dwc_weight.shape[-1] // 2,
+            groups=channels)
     local = local.flatten(2).transpose(1, 2)
     return out + F.pad(local, (0, 0, num_cls, 0))
 
@@ -326,9 +327,11 @@ def _check_convolution(channels: int, num_tokens: int,
     if bias is not None:
         _check_shape('dwc_bias', bias, [(channels, )])
     height, width = hw_shape
-    if height < 0 or width < 0 or height * width > num_tokens:
-        raise ValueError(f'hw_shape=({height}, {width}) does not fit into '
-                         f'N={num_tokens} tokens')
+    if height < 1 or width < 1 or height * width > num_tokens:
+        raise ValueError(
+            f'hw_shape=({height}, {width}) must be a map of at least one and '
+            f'at most N={num_tokens} tokens; without a map leave dwc_weight '
+            'out')
 
 
 def _check_shape(name: str, tensor: Tensor,

@@ -310,7 +310,7 @@ def convolve(v: Tensor, weight: Tensor, bias: Optional[Tensor],
         None if bias is None else bias.to(v.dtype),
         padding=weight.shape[-1] // 2,
         groups=weight.shape[0])
-    local = local.permute(0, 2, 3, 1).reshape(v.shape[0], -1, *v.shape[2:])
+    local = local.permute(0, 2, 3, 1).reshape(v[:, num_cls:].shape)
     return F.pad(local, (0, 0, 0, 0, num_cls, 0)) if num_cls else local
 
 
@@ -327,7 +327,7 @@ def convolve_backward(
         weight.shape[0], [True, True, bias is not None])
     grad_v[:, :num_cls].zero_()
     grad_v[:, num_cls:].copy_(
-        grad_map.permute(0, 2, 3, 1).reshape(v.shape[0], -1, *v.shape[2:]))
+        grad_map.permute(0, 2, 3, 1).reshape(v[:, num_cls:].shape))
     return grad_weight, grad_bias
 
 

@@ -6,7 +6,7 @@ torch's FLOP counter see through them. Gradients of gradients are not
 registered: ``impl='naive'`` has them.
 """
 
-from typing import Any, List, Optional, Sequence, Tuple
+from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -154,22 +154,30 @@ def _autograd(ctx: Any, grad_out: Tensor, *_: Any) -> Tuple[Any, ...]:
 _rp_attention.register_autograd(_autograd, setup_context=_setup_context)
 
 
+class Passes(NamedTuple):
+    """How often the products of each kind occur."""
+
+    tokens: int  # N x M x d, of a head
+    pairs: int  # M x M x d, of a head
+    weights: int  # Wq', Wk', Wv' on all representatives
+    proj: int  # Interact's output projection on them
+    convolutions: int
+
+
 def _flops(qkv_shape: Sequence[Sequence[int]], anchors_shape: Sequence[int],
            weight_shape: Sequence[int], proj_shape: Optional[Sequence[int]],
            dwc_shape: Optional[Sequence[int]], height: int, width: int,
-           passes: Tuple[int, int, int, int]) -> int:
-    """Two a multiply-add of all products; ``passes`` says how often those of
-    size N x M x d, M x M x d, of the weights and of the convolution occur."""
+           passes: Passes) -> int:
+    """Two a multiply-add of all products."""
     batch, num_tokens, *_, heads, dims = qkv_shape[0]
     m = anchors_shape[1]
-    tokens, pairs, weights, convolutions = passes
-    # (h, d, d) or (C, C), three or four times, for each representative.
-    products = 3 * _product(weight_shape[1:])
-    products += _product(proj_shape) if proj_shape is not None else 0
-    macs = heads * (tokens * num_tokens * m * dims + pairs * m * m * dims)
-    macs += weights * m * products
+    macs = heads * dims * m * (passes.tokens * num_tokens + passes.pairs * m)
+    # (h, d, d) or (C, C) each, for every representative.
+    macs += passes.weights * m * 3 * _product(weight_shape[1:])
+    if proj_shape is not None:
+        macs += passes.proj * m * _product(proj_shape)
     if dwc_shape is not None:
-        macs += convolutions * height * width * _product(dwc_shape)
+        macs += passes.convolutions * height * width * _product(dwc_shape)
     return 2 * batch * macs
 
 
@@ -185,14 +193,15 @@ def _forward_flops(qkv, anchors, interact_weight, interact_proj, dwc_weight,
                    dwc_bias, height, width, *args, out_shape=None,
                    **kwargs) -> int:
     return _flops(qkv, anchors, interact_weight, interact_proj, dwc_weight,
-                  height, width, (5, 2, 1, 1))
+                  height, width, Passes(5, 2, 1, 1, 1))
 
 
 @register_flop_formula(torch.ops.mmrpa.rp_attention_backward)
 def _backward_flops(grad_out, qkv, anchors, interact_weight, interact_proj,
                     dwc_weight, dwc_bias, k_rep, z, mass, height, width,
                     *args, out_shape=None, **kwargs) -> int:
-    # Recomputed: routing and attention, Interact once for V_rep and once
-    # (without its last product) for its own gradient.
+    # Routing and attention are recomputed; so is Interact, once for V_rep and
+    # once, up to what its own gradient needs, with that.
+    pairs = 7 if interact_proj is None else 8
     return _flops(qkv, anchors, interact_weight, interact_proj, dwc_weight,
-                  height, width, (12, 7, 4, 2))
+                  height, width, Passes(12, pairs, 4, 3, 2))

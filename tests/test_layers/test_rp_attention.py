@@ -8,8 +8,15 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import TOOLS
+from operands import IMPLS
 
+import mmrpa.layers.rp_attention as rp_attention_module
 from mmrpa.layers import RPAttention
+
+sys.path.append(str(TOOLS))
+
+from benchmarks import measure  # noqa: E402
 
 VARIANTS = {
     'default': {},
@@ -26,68 +33,113 @@ VARIANTS = {
 }
 
 
-def depthwise(v, hw_shape, weight, bias):
-    """Depth-wise convolution with zero padding, one cell at a time."""
-    height, width = hw_shape
-    pad = weight.shape[-1] // 2
-    rows = []
-    for y in range(height):
-        for x in range(width):
-            cell = bias
-            for dy in range(-pad, pad + 1):
-                for dx in range(-pad, pad + 1):
-                    if 0 <= y + dy < height and 0 <= x + dx < width:
-                        token = v[:, (y + dy) * width + x + dx]
-                        cell = cell + token * weight[:, 0, dy + pad, dx + pad]
-            rows.append(cell)
-    return torch.stack(rows, dim=1)
-
-
-def expected_output(layer, x, hw_shape, num_cls=0):
+def expected_output(layer, x, hw_shape):
     """The layer written out apart from the implementation."""
-    channels = x.shape[-1]
-    bias = layer.qkv.bias
-    q, k, v = (
-        F.linear(x, layer.qkv.weight[i * channels:(i + 1) * channels],
-                 None if bias is None else bias[i * channels:(i + 1) *
-                                                channels])
-        for i in range(3))
-
-    def heads(t):
-        return torch.stack(t.split(channels // layer.num_heads, dim=-1), 1)
-
-    out = oracle.rp_attention(
-        heads(q),
-        heads(k),
-        heads(v),
+    dwc = layer.dwc
+    out = oracle.rp_attention_qkv(
+        F.linear(x, layer.qkv.weight, layer.qkv.bias),
         layer.anchors,
         layer.interact_weight,
+        num_heads=layer.num_heads,
+        hw_shape=hw_shape,
+        dwc_weight=None if dwc is None else dwc.weight,
+        dwc_bias=None if dwc is None else dwc.bias,
         routing=layer.routing,
         reduction=layer.reduction,
         interact_proj=layer.interact_proj,
         interact_residual=layer.interact_residual)
-    out = torch.cat(list(out.unbind(1)), dim=-1)
-    if layer.dwc is not None:
-        local = depthwise(v[:, num_cls:], hw_shape, layer.dwc.weight,
-                          layer.dwc.bias)
-        out = torch.cat((out[:, :num_cls], out[:, num_cls:] + local), dim=1)
     return F.linear(out, layer.proj.weight, layer.proj.bias)
 
 
 @pytest.mark.parametrize('num_cls', [0, 1], ids=['map', 'cls'])
 @pytest.mark.parametrize('options', VARIANTS.values(), ids=VARIANTS)
-def test_values_and_all_gradients_equal_loops(options, num_cls):
-    layer = RPAttention(8, 2, 3, **options).double()
+@pytest.mark.parametrize('impl', ['naive', 'fused'])
+def test_values_and_all_gradients_equal_loops(impl, options, num_cls):
+    layer = RPAttention(8, 2, 3, impl=impl, **options).double()
     for p in layer.parameters():  # biases too, which start at zero
         torch.nn.init.normal_(p, std=0.5)
     x = torch.randn(2, 6 + num_cls, 8).double().requires_grad_()
     wanted = [x, *layer.parameters()]
     grad = torch.randn_like(x)
     results = []
-    for out in (layer(x, (2, 3)), expected_output(layer, x, (2, 3), num_cls)):
+    for out in (layer(x, (2, 3)), expected_output(layer, x, (2, 3))):
         results.append([out, *torch.autograd.grad(out, wanted, grad)])
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-10)
+
+
+def layers_of_all_impls(**options):
+    """One layer for each implementation, with the same parameters."""
+    layers = {impl: RPAttention(32, 2, 3, impl=impl, **options)
+              for impl in ('auto', 'naive', 'fused', 'triton')}
+    for impl, layer in layers.items():
+        layer.load_state_dict(layers['naive'].state_dict(), strict=True)
+        assert layer.impl == impl and f'impl={impl!r}' in repr(layer)
+    return layers
+
+
+@pytest.mark.parametrize('impl', ['auto', *IMPLS])
+@pytest.mark.parametrize('train', [False, True], ids=['eval', 'train'])
+def test_impls_are_the_same_layer(impl, train):
+    layers = layers_of_all_impls(interact_residual=True, proj_drop=0.5)
+    cuda = impl == 'triton' and torch.cuda.is_available()
+    x = torch.randn(2, 7, 32, device='cuda' if cuda else 'cpu')
+    results = []
+    for layer in (layers[impl], layers['naive']):
+        torch.manual_seed(1)  # of dropout
+        layer.to(x.device).train(train)
+        leaf = x.clone().requires_grad_()
+        out = layer(leaf, (2, 3))
+        out.square().sum().backward()
+        results.append([out, leaf.grad, *(p.grad
+                                          for p in layer.parameters())])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+def test_impl_reaches_the_operator_and_may_change(monkeypatch):
+    seen = []
+
+    def spy(qkv, *args, impl, **kwargs):
+        seen.append(impl)
+        return qkv[..., :32]
+
+    monkeypatch.setattr(rp_attention_module, 'rp_attention_qkv', spy)
+    layers = layers_of_all_impls()
+    for layer in layers.values():
+        layer(torch.randn(1, 6, 32), (2, 3))
+    layers['auto'].impl = 'naive'
+    layers['auto'](torch.randn(1, 32, 2, 3))
+    assert seen == [*layers, 'naive']
+
+
+# Memory. Sizes of the stages of a backbone, reduced.
+MEMORY = [(784, 96, 16), (3136, 96, 16), (784, 192, 32), (196, 384, 64),
+          (588, 384, 64), (3136, 32, 64)]
+
+
+def kept(n, c, m, batch=2, **options):
+    """Bytes kept for backward, parameters not counted."""
+    layer = RPAttention(c, c // 32, m, **options)
+    x = torch.randn(batch, n, c, requires_grad=True)
+    return measure.kept_for_backward(layer, x, (n // 7, 7))
+
+
+@pytest.mark.parametrize('n,c,m', MEMORY)
+def test_backward_keeps_little_beside_x_qkv_and_output(n, c, m):
+    limit = 1.25 * 5 * 2 * n * c * 4
+    assert kept(n, c, m) <= limit
+    assert kept(n, c, m, impl='naive') > limit
+
+
+@pytest.mark.parametrize('batch', [1, 3])
+def test_what_backward_keeps_is_linear_in_n(batch):
+    small, middle, large = (
+        kept(n, 96, 16, batch) for n in (700, 1400, 2800))
+    assert large - middle == 2 * (middle - small)
+    # x, q, k, v and the output for a token; the rest does not grow.
+    assert middle - small == 700 * 5 * batch * 96 * 4
+    # Three heads' K_rep, Z and mass.
+    assert small - (middle - small) == 3 * batch * 16 * (2 * 32 + 1) * 4
 
 
 def test_map_and_tokens_are_the_same_function():
@@ -150,7 +202,7 @@ def test_bad_arguments_are_named():
         RPAttention(8, 2, 0)
     with pytest.raises(ValueError, match='dwc_kernel_size must be odd.*4'):
         RPAttention(8, 2, 4, dwc_kernel_size=4)
-    for name in ('anchors', 'routing', 'reduction', 'interact'):
+    for name in ('impl', 'anchors', 'routing', 'reduction', 'interact'):
         with pytest.raises(ValueError, match=f"{name} must be one of.*'x'"):
             RPAttention(8, 2, 4, **{name: 'x'})
 

@@ -1,0 +1,1 @@
+"""What the benchmark tools share: measuring, peers, statistics, output."""
