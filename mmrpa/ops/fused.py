@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .naive import MASS_EPS, interact, project
+from .naive import MASS_EPS, compute_dtype, interact, project
 
 # What one piece may take, in bytes: Q, K, V and the output of its tokens, and
 # twice its routing. Of 2 to 64 MiB, 16 was the fastest on two cores with 2 MiB
@@ -44,11 +44,6 @@ class Representatives(NamedTuple):
     k: Tensor
     z: Tensor
     mass: Tensor
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums and softmaxes: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def pieces(batch: int, num_tokens: int, size: int) -> Iterator[Piece]:
@@ -108,45 +103,6 @@ def softmax_backward(p: Tensor, grad: Tensor) -> Tensor:
     return torch.ops.aten._softmax_backward_data(grad, p, -1, p.dtype)
 
 
-class GatherSums:
-    """The sums of Gather, to which tokens are added piece by piece.
-
-    Args:
-        anchors (Tensor): (h or 1, M, d), in the dtype to compute in.
-        batch (int): Images.
-        heads (int): Heads h.
-    """
-
-    def __init__(self, anchors: Tensor, batch: int, heads: int) -> None:
-        self.anchors = _expand(anchors, batch, heads)
-        # Not views of one tensor: an operator's outputs must not overlap.
-        self.k, self.z = (
-            anchors.new_zeros(self.anchors.shape) for _ in range(2))
-        self.mass = anchors.new_zeros(self.anchors.shape[:3])
-
-    def add(self,
-            images: slice,
-            k: Tensor,
-            v: Tensor,
-            log_total: Optional[Tensor] = None) -> None:
-        """Add keys and values (images * h, n, d) of some images' tokens."""
-        anchors = _merge(self.anchors, images)
-        p = _route(k, anchors,
-                   None if log_total is None else _merge(log_total, images))
-        p_t = p.transpose(1, 2)
-        _merge(self.k, images).baddbmm_(p_t, k)
-        _merge(self.z, images).baddbmm_(p_t, v)
-        _merge(self.mass, images).add_(p.sum(1))
-
-    def finish(self, reduction: str) -> Representatives:
-        """Divide by the mass, unless the reduction is ``'sum'``."""
-        if reduction == 'mean':
-            mass = self.mass.clamp(min=MASS_EPS).unsqueeze(-1)
-            self.k /= mass
-            self.z /= mass
-        return Representatives(self.k, self.z, self.mass)
-
-
 def _route(k: Tensor, anchors: Tensor, log_total: Optional[Tensor]) -> Tensor:
     """The routing of a piece, (images * h, n, M).
 
@@ -178,14 +134,39 @@ def gather(k: Tensor, v: Tensor, anchors: Tensor, routing: str,
            reduction: str) -> Representatives:
     """Gather of :func:`mmrpa.ops.gather`, from (B, N, h, d)."""
     batch, _, heads, _ = k.shape
-    sums = GatherSums(anchors, batch, heads)
     log_total = _log_total(k, anchors, routing)
-    for piece in _cut(k, anchors.shape[1]):
-        sums.add(piece[0], _rows(k, piece, anchors.dtype),
-                 _rows(v, piece, anchors.dtype), log_total)
+    anchors = _expand(anchors, batch, heads)
+    # Not views of one tensor: an operator's outputs must not overlap.
+    k_rep, z = (anchors.new_zeros(anchors.shape) for _ in range(2))
+    mass = anchors.new_zeros(anchors.shape[:3])
+    for piece in _cut(k, anchors.shape[2]):
+        images = piece[0]
+        k_rows, v_rows = (_rows(t, piece, anchors.dtype) for t in (k, v))
+        p = _route(k_rows, _merge(anchors, images),
+                   None if log_total is None else _merge(log_total, images))
+        p_t = p.transpose(1, 2)
+        _merge(k_rep, images).baddbmm_(p_t, k_rows)
+        _merge(z, images).baddbmm_(p_t, v_rows)
+        _merge(mass, images).add_(p.sum(1))
     if routing == 'tokens':
-        sums.mass.fill_(1)  # by definition; the sum is 1 up to rounding
-    return sums.finish(reduction)
+        mass.fill_(1)  # by definition; the sum is 1 up to rounding
+    if reduction == 'mean':
+        divisor = mass.clamp(min=MASS_EPS).unsqueeze(-1)
+        k_rep /= divisor
+        z /= divisor
+    return Representatives(k_rep, z, mass)
+
+
+def mean_backward(reps: Representatives, grad_k_rep: Tensor,
+                  grad_z: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the sums K and Z, (B, h, M, d), and minus the mass's.
+
+    The last, (B, h, M), is 0 where the mass is clamped, and so a constant.
+    """
+    divisor = reps.mass.clamp(min=MASS_EPS).unsqueeze(-1)
+    grad_k, grad_z = grad_k_rep / divisor, grad_z / divisor
+    dot = (reps.k * grad_k + reps.z * grad_z).sum(-1)
+    return grad_k, grad_z, dot * (reps.mass >= MASS_EPS)
 
 
 def gather_backward(k: Tensor, v: Tensor, anchors: Tensor,
@@ -199,15 +180,10 @@ def gather_backward(k: Tensor, v: Tensor, anchors: Tensor,
     last term is the mass's; the rest is a softmax's backward.
     """
     batch, _, heads, _ = k.shape
-    # rep . G is what the mean's mass, and the softmax over tokens, subtract.
-    if reduction == 'mean':
-        alive = reps.mass >= MASS_EPS
-        mass = reps.mass.clamp(min=MASS_EPS).unsqueeze(-1)
-        grad_k_rep, grad_z = grad_k_rep / mass, grad_z / mass
-    dot = (reps.k * grad_k_rep).sum(-1) + (reps.z * grad_z).sum(-1)
-    if routing == 'representatives':
-        # A clamped mass is a constant, and a sum has none.
-        dot = dot * alive if reduction == 'mean' else torch.zeros_like(dot)
+    dot = torch.zeros_like(reps.mass)
+    # A softmax over tokens subtracts what the mean's mass does; its mass is 1.
+    if reduction == 'mean' or routing == 'tokens':
+        grad_k_rep, grad_z, dot = mean_backward(reps, grad_k_rep, grad_z)
     log_total = _log_total(k, anchors, routing)
     anchors = _expand(anchors, batch, heads)
     grad_anchors = torch.zeros_like(
@@ -238,14 +214,13 @@ def distribute(q: Tensor, k_rep: Tensor, v_rep: Tensor, scale: float,
     """
     keys = k_rep * scale
     for piece in _cut(q, keys.shape[2]):
-        s = _attend(q, piece, keys)
+        s = _attend(_rows(q, piece, keys.dtype), _merge(keys, piece[0]))
         _put(out, piece, torch.bmm(s, _merge(v_rep, piece[0])), accumulate)
 
 
-def _attend(q: Tensor, piece: Piece, keys: Tensor) -> Tensor:
-    """The attention of a piece to the representatives, (images * h, n, M)."""
-    rows = _rows(q, piece, keys.dtype)
-    return torch.bmm(rows, _merge(keys, piece[0]).transpose(1, 2)).softmax(-1)
+def _attend(q: Tensor, keys: Tensor) -> Tensor:
+    """A piece's attention to the representatives, (images * h, n, M)."""
+    return torch.bmm(q, keys.transpose(1, 2)).softmax(-1)
 
 
 def distribute_backward(q: Tensor, k_rep: Tensor, v_rep: Tensor, scale: float,
@@ -256,13 +231,15 @@ def distribute_backward(q: Tensor, k_rep: Tensor, v_rep: Tensor, scale: float,
     grad_keys, grad_v_rep = keys.new_zeros(2, *keys.shape).unbind()
     for piece in _cut(q, keys.shape[2]):
         images = piece[0]
-        s = _attend(q, piece, keys)
-        grad_rows = _rows(grad_out, piece, keys.dtype)
+        here = _merge(keys, images)
+        q_rows, grad_rows = (
+            _rows(t, piece, keys.dtype) for t in (q, grad_out))
+        s = _attend(q_rows, here)
         grad_s = torch.bmm(grad_rows, _merge(v_rep, images).transpose(1, 2))
         grad_logits = softmax_backward(s, grad_s)
-        _put(grad_q, piece, torch.bmm(grad_logits, _merge(keys, images)))
+        _put(grad_q, piece, torch.bmm(grad_logits, here))
         _merge(grad_keys, images).baddbmm_(
-            grad_logits.transpose(1, 2), _rows(q, piece, keys.dtype))
+            grad_logits.transpose(1, 2), q_rows)
         _merge(grad_v_rep, images).baddbmm_(s.transpose(1, 2), grad_rows)
     return grad_keys * scale, grad_v_rep
 

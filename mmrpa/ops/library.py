@@ -6,6 +6,7 @@ torch's FLOP counter see through them. Gradients of gradients are not
 registered: ``impl='naive'`` has them.
 """
 
+import math
 from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -13,8 +14,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import fused
-from .fused import Options, Representatives, compute_dtype
-from .naive import without_autocast
+from .fused import Options, Representatives
+from .naive import compute_dtype, without_autocast
 
 
 def rp_attention(qkv: Sequence[Tensor], anchors: Tensor,
@@ -173,19 +174,12 @@ def _flops(qkv_shape: Sequence[Sequence[int]], anchors_shape: Sequence[int],
     m = anchors_shape[1]
     macs = heads * dims * m * (passes.tokens * num_tokens + passes.pairs * m)
     # (h, d, d) or (C, C) each, for every representative.
-    macs += passes.weights * m * 3 * _product(weight_shape[1:])
+    macs += passes.weights * m * 3 * math.prod(weight_shape[1:])
     if proj_shape is not None:
-        macs += passes.proj * m * _product(proj_shape)
+        macs += passes.proj * m * math.prod(proj_shape)
     if dwc_shape is not None:
-        macs += passes.convolutions * height * width * _product(dwc_shape)
+        macs += passes.convolutions * height * width * math.prod(dwc_shape)
     return 2 * batch * macs
-
-
-def _product(shape: Sequence[int]) -> int:
-    product = 1
-    for side in shape:
-        product *= side
-    return product
 
 
 @register_flop_formula(torch.ops.mmrpa.rp_attention)

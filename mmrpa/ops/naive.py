@@ -134,7 +134,7 @@ def rp_attention(q: Tensor, k: Tensor, v: Tensor, anchors: Tensor,
     Tensors of half precision are raised to float32 first.
     """
     out_dtype = q.dtype
-    dtype = torch.float64 if out_dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(out_dtype)
     with without_autocast(q.device.type):
         q, k, v, anchors, interact_weight = (
             t.to(dtype) for t in (q, k, v, anchors, interact_weight))
@@ -143,6 +143,11 @@ def rp_attention(q: Tensor, k: Tensor, v: Tensor, anchors: Tensor,
         k_rep, z = gather(k, v, anchors, routing, reduction)
         v_rep = interact(z, interact_weight, interact_proj, interact_residual)
         return distribute(q, k_rep, v_rep, scale).to(out_dtype)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and softmaxes: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def without_autocast(device_type: str) -> torch.autocast:

@@ -9,7 +9,7 @@ from torch import Tensor
 from . import fused
 from . import triton_kernels as kernels
 from .fused import Options, Representatives
-from .naive import MASS_EPS, interact
+from .naive import interact
 
 # Interact runs inside a kernel up to these sizes: one program then holds all
 # its matrices. Beyond them, and for what it does not know (the full reading,
@@ -150,11 +150,11 @@ def forward(
                              dwc_bias, hw_shape, options)
     q, k, v = _unit_stride(q, k, v)
     anchors, weight = anchors.contiguous(), weight.contiguous()
-    reps, v_rep = _gather(k, v, anchors, weight, proj, options)
     out = q.new_empty(q.shape)
     batch, num_tokens, heads, dims = q.shape
     m = anchors.shape[1]
     tile = tiles(q, m)
+    reps, v_rep = _gather(k, v, anchors, weight, proj, options, tile)
     size, dwc_weight_, dwc_bias_ = _convolution(dwc_weight, dwc_bias, v)
     grid = (triton.cdiv(num_tokens, tile.block_n), batch * heads)
     kernels.distribute_kernel[grid](
@@ -165,12 +165,11 @@ def forward(
 
 
 def _gather(k: Tensor, v: Tensor, anchors: Tensor, weight: Tensor,
-            proj: Optional[Tensor],
-            options: Options) -> Tuple[Representatives, Tensor]:
+            proj: Optional[Tensor], options: Options,
+            tile: Tiles) -> Tuple[Representatives, Tensor]:
     """Gather and Interact: the representatives, and V_rep."""
     batch, num_tokens, heads, dims = k.shape
     m = anchors.shape[1]
-    tile = tiles(k, m)
     inside = _interacts(weight, proj, m)
     block_m = _block(m) if inside else tile.block_m
 
@@ -275,10 +274,7 @@ def _interact_backward(
         reps.z, weight, proj, options.residual, grad_v_rep)
     offset = torch.zeros_like(reps.mass)
     if mean:
-        mass = reps.mass.clamp(min=MASS_EPS).unsqueeze(-1)
-        grad_k, grad_z = grad_k / mass, grad_z / mass
-        offset = (reps.k * grad_k + reps.z * grad_z).sum(-1)
-        offset = offset * (reps.mass >= MASS_EPS)
+        grad_k, grad_z, offset = fused.mean_backward(reps, grad_k, grad_z)
     unit = torch.maximum(grad_k.abs().amax((2, 3)), grad_z.abs().amax((2, 3)))
     unit = torch.where(unit > 0, unit, torch.ones_like(unit))
     routed = (*((g / unit[..., None, None]).contiguous()
