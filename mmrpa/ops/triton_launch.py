@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from . import fused
+from . import fused, triton_interact
 from . import triton_kernels as kernels
 from .fused import Options, Representatives
 from .naive import interact
@@ -183,7 +183,7 @@ def _gather(k: Tensor, v: Tensor, anchors: Tensor, weight: Tensor,
         num_tokens, m, dims, heads, tile.split_tokens, **tile.constants)
     reps = Representatives(empty(m, dims), empty(m, dims), empty(m))
     v_rep = empty(m, dims) if inside else reps.z
-    kernels.finish_kernel[batch * heads, triton.cdiv(m, block_m)](
+    triton_interact.finish_kernel[batch * heads, triton.cdiv(m, block_m)](
         *parts, weight, *reps, v_rep, tile.splits, m, dims, heads, dims**-0.5,
         MEAN=options.reduction == 'mean', INTERACT=inside,
         RESIDUAL=options.residual, BLOCK_M=block_m, BLOCK_D=tile.block_d)
@@ -262,7 +262,7 @@ def _interact_backward(
                   torch.empty_like(reps.mass), reps.mass.new_empty(batch,
                                                                    heads))
         grad_weight = weight.new_empty(batch, heads, 3, dims, dims)
-        kernels.interact_backward_kernel[(batch * heads, )](
+        triton_interact.interact_backward_kernel[(batch * heads, )](
             *parts, weight, *reps, *routed, grad_weight, tile.splits, m, dims,
             heads, options.scale, dims**-0.5, MEAN=mean,
             RESIDUAL=options.residual, BLOCK_M=_block(m),

@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mmrpa.ops import triton_kernels, triton_launch
+from mmrpa.ops import triton_interact, triton_kernels, triton_launch
 
 TOKENS = dict(
     gather_kernel=('k_ptr', 'v_ptr'),
@@ -28,10 +28,11 @@ NAMES = dict(float32='fp32', bfloat16='bf16', float16='fp16')
 
 def compile_kernel(name, dtype, dims, m, capability):
     """Compile as ``triton_launch`` would launch it; bytes of shared memory."""
-    kernel = getattr(triton_kernels, name)
-    half = getattr(torch, dtype).itemsize
+    module = triton_kernels if TOKENS[name] else triton_interact
+    kernel = getattr(module, name)
+    itemsize = getattr(torch, dtype).itemsize
     block_n, block_m, block_d, stages = triton_launch.block_sizes(
-        dims, m, half)
+        dims, m, itemsize)
     inside = (dims <= triton_launch.MAX_INTERACT_DIMS
               and m <= triton_launch.MAX_INTERACT_REPRESENTATIVES)
     if name == 'interact_backward_kernel' and not inside:
