@@ -1,4 +1,4 @@
-"""The registry node through which every MM host finds mmrpa's models.
+"""The registry nodes through which every MM host finds what mmrpa has.
 
 ``Registry.get('mmrpa.RPSwin')`` of any host imports this module, then the
 ``locations`` below, so a config needs no ``custom_imports``. mmengine swallows
@@ -6,7 +6,11 @@ an ImportError raised while *this* module is imported and reports an unrelated
 assertion instead; hence nothing but mmengine may be imported here.
 """
 
+from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import (
+    OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
+)
 from mmengine.registry import Registry
 
 MODELS = Registry(
@@ -14,3 +18,10 @@ MODELS = Registry(
     parent=MMENGINE_MODELS,
     scope='mmrpa',
     locations=['mmrpa.backbones'])
+HOOKS = Registry(
+    'hook', parent=MMENGINE_HOOKS, scope='mmrpa', locations=['mmrpa.hooks'])
+OPTIM_WRAPPER_CONSTRUCTORS = Registry(
+    'optimizer wrapper constructor',
+    parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
+    scope='mmrpa',
+    locations=['mmrpa.optim'])
