@@ -1,15 +1,19 @@
 """Loading weights into a backbone, or saying clearly why they do not fit.
 
 mmengine loads non-strictly: a checkpoint of another arch leaves a network
-half random with one warning in a long log. Here it is an error.
+half random with one warning in a long log. Here it is an error. mmengine also
+unpickles whatever is in the file where it can not be loaded safely; files that
+``init_cfg`` names are read by :mod:`mmrpa.weights`, which never does.
 """
 
 import re
-from typing import Any, Dict, List, Mapping
+from typing import Any, Collection, Dict, List, Mapping
 
 from mmengine.logging import print_log
-from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor, nn
+
+from ..weights.files import read_checkpoint
+from ..weights.sources import find_style
 
 # Tables that are resized to the backbone's own size when they are loaded.
 RESIZED = ('pos_embed', 'relative_position_bias_table')
@@ -21,7 +25,8 @@ PREFIXES = ('', 'backbone.', 'module.backbone.', 'model.backbone.', 'module.',
 
 def check_state_dict(backbone: nn.Module,
                      state_dict: Mapping[str, Tensor],
-                     prefix: str = '') -> Dict[str, int]:
+                     prefix: str = '',
+                     new: Collection[str] = ()) -> Dict[str, int]:
     """Check that weights were made for this backbone.
 
     Output norms may be missing, and weights of stages that ``out_indices``
@@ -31,10 +36,13 @@ def check_state_dict(backbone: nn.Module,
         backbone (RPBackbone): What the weights are for.
         state_dict (Mapping): The weights.
         prefix (str): What stands before the backbone's own names in it.
+        new (Collection[str]): The backbone's own names of parameters that may
+            be missing, too.
 
     Returns:
         dict[str, int]: Tensors ``loaded``, numbers ``carried`` and ``total``,
-        and tables to be ``resized``.
+        tables to be ``resized``, tensors that stay ``new``, and ``unused``
+        ones of the weights (output norms, stages that are not built).
 
     Raises:
         ValueError: They were not; with the keys, how many, and what to do.
@@ -46,7 +54,9 @@ def check_state_dict(backbone: nn.Module,
         for key, value in state_dict.items()
         if key.startswith(prefix) and isinstance(value, Tensor)
     }
-    required = [key for key in own if not OUTPUT_NORM.match(key)]
+    required = [
+        key for key in own if not OUTPUT_NORM.match(key) and key not in new
+    ]
     missing = [key for key in required if key not in given]
     unexpected = [
         key for key in given
@@ -61,8 +71,12 @@ def check_state_dict(backbone: nn.Module,
     if reshaped or unexpected or missing:
         raise ValueError(
             _explain(backbone, prefix, len(loaded), missing, unexpected,
-                     reshaped))
+                     reshaped) + _hint(state_dict))
     return dict(
+        new=len(own) - len(loaded),
+        unused=sum(
+            key.startswith('stages.') or bool(OUTPUT_NORM.match(key))
+            for key in given if key not in own),
         loaded=len(loaded),
         resized=sum(given[key].shape != own[key].shape for key in loaded),
         carried=sum(own[key].numel() for key in loaded),
@@ -81,7 +95,8 @@ def load_pretrained(backbone: nn.Module, init_cfg: Mapping[str, Any]) -> None:
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
-        ValueError: init_cfg has other keys, or the checkpoint does not fit.
+        ValueError: init_cfg has other keys, the checkpoint does not fit, or
+            it holds more than weights and is refused.
     """
     options = dict(init_cfg)
     if options.pop('type', None) != 'Pretrained':
@@ -95,27 +110,41 @@ def load_pretrained(backbone: nn.Module, init_cfg: Mapping[str, Any]) -> None:
         raise ValueError(
             "init_cfg of type 'Pretrained' takes checkpoint and prefix, got "
             f'{dict(init_cfg)}')
-    checkpoint = CheckpointLoader.load_checkpoint(path, map_location='cpu')
-    state_dict = checkpoint.get('state_dict', checkpoint)
+    checkpoint = read_checkpoint(path)
+    state_dict = checkpoint.state_dict
     if prefix is None:
         prefix = _find_prefix(state_dict)
     elif prefix and not prefix.endswith('.'):
         prefix += '.'
+    # A converted file says itself which parameters it has not.
+    new = [
+        name for name, start in checkpoint.meta.get('new', {}).items()
+        if start == 'init'
+    ]
     try:
-        counts = check_state_dict(backbone, state_dict, prefix)
+        counts = check_state_dict(backbone, state_dict, prefix, new)
     except ValueError as error:
         raise ValueError(f'{path}: {error}') from None
-    backbone.load_state_dict(
-        {
-            key[len(prefix):]: value
-            for key, value in state_dict.items() if key.startswith(prefix)
-        },
-        strict=False)
-    print_log(
-        f'{type(backbone).__name__}: loaded {counts["loaded"]} tensors, '
-        f'{counts["carried"] / counts["total"]:.1%} of the parameters, from '
-        f'{path}; {counts["resized"]} position tables were resized',
-        logger='current')
+    weights = {
+        key[len(prefix):]: value
+        for key, value in state_dict.items() if key.startswith(prefix)
+    }
+    own = backbone.state_dict()
+    weights.update((name, own[name]) for name in new
+                   if name in own and name not in weights)
+    backbone.load_state_dict(weights, strict=False)
+    print_log(_summary(backbone, path, counts), logger='current')
+
+
+def _summary(backbone: nn.Module, path: str, counts: Dict[str, int]) -> str:
+    text = (f'{type(backbone).__name__}: loaded {counts["loaded"]} tensors, '
+            f'{counts["carried"] / counts["total"]:.1%} of the parameters, '
+            f'from {path}; {counts["resized"]} position tables were resized')
+    if counts['new']:
+        text += f'; {counts["new"]} tensors are not in it and stay new'
+    if counts['unused']:
+        text += f'; {counts["unused"]} tensors in it were not expected'
+    return text
 
 
 def _find_prefix(state_dict: Mapping[str, Any]) -> str:
@@ -123,6 +152,18 @@ def _find_prefix(state_dict: Mapping[str, Any]) -> str:
         if any(key.startswith(prefix + 'stages.') for key in state_dict):
             return prefix
     return ''
+
+
+def _hint(state_dict: Mapping[str, Any]) -> str:
+    """What to do with weights of others, which people download."""
+    try:
+        found = find_style(state_dict)
+    except ValueError:  # several networks: whatever they are, they are others
+        return ''
+    if found is None or found[0].family == 'mmrpa':
+        return ''
+    return (f'\nThese are weights of {found[0].family} by the names of '
+            f'{found[0].title}: tools/convert_checkpoint.py makes them fit.')
 
 
 def _in_unbuilt_stage(key: str, built: int) -> bool:

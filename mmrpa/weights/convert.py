@@ -26,6 +26,7 @@ _NEW = re.compile(r'.*\.attn\.(anchors|interact_weight|interact_proj|dwc\..*)')
 _OWN_ATTENTION = re.compile(
     r'.*\.attn\.(relative_position_bias_table|lepe\..*|sr\..*|norm\..*)')
 _NORM = re.compile(r'norm(\d+)\.norm\.(weight|bias)')
+NO_BIAS = 'zeros, the source has no such bias'
 _TABLE = ('.pos_embed', 'relative_position_bias_table')
 
 
@@ -142,6 +143,11 @@ def _fit(weights: Canonical, backbone: nn.Module,
             if value is not None:
                 tensors[name] = value
             value = None
+        if value is None and _is_bias_of_none(name, own, weights):
+            # A layer without a bias is one whose bias is zero.
+            result[name] = torch.zeros_like(target)
+            report.new[name] = NO_BIAS
+            continue
         if value is None:
             _explain_absence(name, target, weights, report)
             continue
@@ -158,6 +164,15 @@ def _fit(weights: Canonical, backbone: nn.Module,
     for name, value in tensors.items():
         _explain_rest(name, value, weights, backbone, report)
     return result
+
+
+def _is_bias_of_none(name: str, own: Mapping[str, Tensor],
+                     weights: Canonical) -> bool:
+    if not name.endswith('.bias'):
+        return False
+    weight = re.sub(r'\.attn\.(q|kv)\.bias$', '.attn.qkv.bias',
+                    name).removesuffix('bias') + 'weight'
+    return weight in weights.tensors and not _NORM.match(name)
 
 
 def _is_layer_norm(backbone: nn.Module, name: str) -> bool:

@@ -174,8 +174,14 @@ def check_output(path: Union[str, Path]) -> Path:
 def _local(path: Union[str, Path]) -> Iterator[str]:
     """The file itself, or for an address a copy of it."""
     if '://' in str(path):
-        from mmengine.fileio import get_local_path
-        with get_local_path(str(path)) as local:
+        from mmengine.fileio import get_file_backend
+        try:
+            backend = get_file_backend(str(path))
+        except KeyError as error:
+            raise CheckpointError(f'{path}: mmengine has no way to fetch '
+                                  f'{error}:// addresses; download the file '
+                                  'and give its path') from None
+        with backend.get_local_path(str(path)) as local:
             yield str(local)
         return
     if not os.path.exists(path):

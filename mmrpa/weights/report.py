@@ -41,6 +41,14 @@ class Report:
     unexpected: Dict[str, int] = field(default_factory=dict)
 
     @property
+    def absent(self) -> Dict[str, str]:
+        """What a backbone has to bring along to load the result: ``'init'``
+        by name in the backbone."""
+        return dict.fromkeys(
+            [name for name, start in self.new.items() if start == 'init'] +
+            [*self.missing, *self.misshapen], 'init')
+
+    @property
     def carried_fraction(self) -> float:
         """The smaller of two fractions of parameters: of those that the
         backbone shares with the source, how many were carried; of those that

@@ -214,7 +214,7 @@ def find_style(state_dict: Mapping[str, Tensor],
             says which one is meant.
     """
     for style in STYLES:
-        prefixes = sorted(_prefixes(state_dict, style), key=len)
+        prefixes = sorted(_prefixes(state_dict, style))
         if prefix is not None:
             prefixes = [found for found in prefixes if found == prefix]
         if len(prefixes) > 1:

@@ -6,6 +6,7 @@ from mmengine.runner.checkpoint import load_checkpoint
 from zoo import build
 
 from mmrpa.backbones import checkpoint
+from mmrpa.weights import convert, write_checkpoint
 
 
 def save(path, model, prefix='', wrap=True):
@@ -112,3 +113,69 @@ def test_missing_file_and_bad_init_cfg_are_named(tmp_path):
         build('swin', init_cfg=dict(type='Kaiming')).init_weights()
     with pytest.raises(ValueError, match='takes checkpoint and prefix'):
         build('swin', init_cfg=pretrained(path, strict=True)).init_weights()
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+def test_a_converted_file_says_what_is_new_in_it(tmp_path, monkeypatch,
+                                                 suffix):
+    """From the local twin to RPAttention, as convert_checkpoint.py does."""
+    twin = build('swin', attention='window', out_indices=(3, ))
+    model = build('swin')
+    state, report = convert(twin.state_dict(), model)
+    path = str(tmp_path / f'a{suffix}')
+    write_checkpoint(path, state, dict(new=report.new))
+    lines = []
+    monkeypatch.setattr(checkpoint, 'print_log',
+                        lambda text, logger: lines.append(text))
+    model = build('swin', init_cfg=pretrained(path))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model.init_weights()
+    blocks = sum(model.arch['depths'])
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state.get(name, before[name])), name
+        assert ('.dwc.' not in name) or value.abs().max() == 0
+    # Anchors and Interact of each block, and three norms of two tensors.
+    line, = lines
+    assert f'loaded {len(state)} tensors' in line
+    assert f'; {2 * blocks + 6} tensors are not in it and stay new' in line
+    assert 'expected' not in line
+    # They are explicit: another attention lacks what the file does not name.
+    with pytest.raises(ValueError, match='missing.*bias_table'):
+        build('swin', attention=['rp', 'rp', 'rp', 'window'],
+              init_cfg=pretrained(path)).init_weights()
+    model = build('swin', norm_cfg=None, out_indices=(0, 1, 2),
+                  init_cfg=pretrained(path))
+    model.init_weights()
+    last = [k for k in state if k.startswith(('stages.3.', 'norm3.'))]
+    assert f'; {len(last)} tensors in it were not expected' in lines[-1]
+
+
+def test_public_weights_are_named(tmp_path):
+    path = tmp_path / 'a.pth'
+    torch.save({name: torch.zeros(1) for name in (
+        'layers.0.blocks.0.attn.relative_position_bias_table',
+        'patch_embed.proj.weight')}, path)
+    with pytest.raises(ValueError, match=r'weights of swin by the names of '
+                       r'timm: tools/convert_checkpoint\.py'):
+        build('swin', init_cfg=pretrained(str(path))).init_weights()
+
+
+class Payload:
+    """A pickle that makes a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, 'w')
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path):
+    """mmengine's own loading would run it."""
+    target = tmp_path / 'pwned'
+    path = tmp_path / 'a.pth'
+    torch.save(dict(state_dict=build('swin').state_dict(),
+                    x=Payload(target)), path)
+    with pytest.raises(ValueError, match='refused'):
+        build('swin', init_cfg=pretrained(str(path))).init_weights()
+    assert not target.exists()

@@ -1,0 +1,286 @@
+"""Files are read without running what is in them, or refused in one line."""
+
+import argparse
+import builtins
+import functools
+import http.server
+import importlib
+import os
+import pathlib
+import pickle
+import threading
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from mmengine.logging import HistoryBuffer
+
+from mmrpa.weights import CheckpointError, read_checkpoint, write_checkpoint
+from mmrpa.weights.files import check_output
+
+STATE = {'a.weight': torch.arange(6.).view(2, 3), 'a.bias': torch.ones(2)}
+
+
+def save(path, content):
+    torch.save(content, path)
+    return path
+
+
+def same(state):
+    assert state.keys() == STATE.keys()
+    for name, value in STATE.items():
+        assert torch.equal(state[name], value)
+
+
+@pytest.mark.parametrize('wrap,key', [
+    (lambda s: s, ''),
+    (lambda s: dict(state_dict=s, epoch=3), 'state_dict'),
+    (lambda s: dict(model=s, optimizer={}), 'model'),
+    (lambda s: dict(model=dict(state_dict=s)), 'model.state_dict'),
+    (lambda s: dict(model={'b': torch.zeros(1)}, model_ema=s), 'model_ema'),
+    (lambda s: dict(state_dict={'b': torch.zeros(1)}, state_dict_ema=s),
+     'state_dict_ema'),
+])
+@pytest.mark.parametrize('legacy', [True, False])
+def test_weights_are_found(tmp_path, wrap, key, legacy):
+    path = tmp_path / 'a.pth'
+    # Files from before torch 1.6 are no zip archives; PVT's are such.
+    torch.save(wrap(STATE), path, _use_new_zipfile_serialization=not legacy)
+    checkpoint = read_checkpoint(path)
+    same(checkpoint.state_dict)
+    assert checkpoint.key == key and checkpoint.meta == {}
+
+
+def test_a_key_chooses(tmp_path):
+    path = save(tmp_path / 'a.pth', dict(
+        model=STATE, model_ema={'b': torch.zeros(1)}))
+    same(read_checkpoint(path, 'model').state_dict)
+    with pytest.raises(CheckpointError, match='it has model, model_ema'):
+        read_checkpoint(path, 'ema')
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.pt', '.safetensors'])
+def test_what_is_written_is_read(tmp_path, suffix):
+    path = tmp_path / f'a{suffix}'
+    whole = torch.zeros(1000, 3)
+    state = dict(STATE, view=whole[:2], turned=torch.ones(2, 3).t(),
+                 half=torch.ones(2, dtype=torch.float16))
+    meta = dict(arch='rp_swin_tiny', new={'x.anchors': 'init'})
+    write_checkpoint(path, state, meta)
+    checkpoint = read_checkpoint(path)
+    assert checkpoint.meta == meta
+    assert checkpoint.state_dict.keys() == state.keys()
+    for name, value in state.items():
+        assert torch.equal(checkpoint.state_dict[name], value)
+        assert checkpoint.state_dict[name].dtype == value.dtype
+    assert os.listdir(tmp_path) == [path.name]
+    assert path.stat().st_size < 4000  # not all of ``whole``
+    umask = os.umask(0)
+    os.umask(umask)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
+    path = tmp_path / 'a.pth'
+    path.write_bytes(b'old')
+
+    def fail(content, file):
+        pathlib.Path(file).write_bytes(b'half')
+        raise OSError('disk full')
+
+    monkeypatch.setattr(torch, 'save', fail)
+    with pytest.raises(OSError, match='disk full'):
+        write_checkpoint(path, STATE, {})
+    assert path.read_bytes() == b'old'
+    assert os.listdir(tmp_path) == ['a.pth']
+
+
+@pytest.mark.parametrize('name,error', [
+    ('a.bin', ValueError), ('.', ValueError),
+    ('no/a.pth', FileNotFoundError)])
+def test_bad_outputs(tmp_path, name, error):
+    with pytest.raises(error, match='output'):
+        check_output(tmp_path / name)
+
+
+def test_safetensors_is_optional(tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.startswith('safetensors'):
+            raise ModuleNotFoundError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, '__import__', without)
+    with pytest.raises(ModuleNotFoundError, match='pip install safetensors'):
+        check_output(tmp_path / 'a.safetensors')
+    write_checkpoint(tmp_path / 'a.pth', STATE, {})
+    same(read_checkpoint(tmp_path / 'a.pth').state_dict)
+
+
+def test_mmengine_checkpoints_are_read(tmp_path):
+    """Their message hub holds numpy arrays and functions by name."""
+    buffer = HistoryBuffer([1.5, 2.5], [1, 1])
+    content = dict(
+        meta=dict(epoch=3, cfg='model = dict()', seed=0),
+        state_dict=STATE,
+        message_hub=dict(
+            log_scalars={'train/loss': buffer},
+            runtime_info={'lr': np.float64(0.1), 'iter': np.int64(3),
+                          'best': np.zeros(3, np.float32)},
+            resumed_keys={'train/loss': True}))
+    path = save(tmp_path / 'epoch_3.pth', content)
+    assert b'getattr' in path.read_bytes()  # a harder pickle than it seems
+    same(read_checkpoint(path).state_dict)
+
+
+def test_training_settings_are_skipped(tmp_path):
+    args = argparse.Namespace(lr=0.1, output=pathlib.PosixPath('/out'))
+    path = save(tmp_path / 'a.pth', dict(model=STATE, args=args))
+    same(read_checkpoint(path).state_dict)
+
+
+class Payload:
+    """A pickle that runs a command when it is loaded."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+def by_getattr(module, name):
+    """The function ``module.name`` as a pickle reaches it by getattr."""
+    return Payload(getattr, Payload(importlib.import_module, module), name)
+
+
+class Nested:
+
+    def __init__(self, first, *args):
+        self.first, self.args = first, args
+
+    def __reduce__(self):
+        return Payload, (self.first, *self.args)
+
+
+@pytest.mark.parametrize('payload', [
+    lambda target: Payload(os.system, f'touch {target}'),
+    lambda target: Payload(exec, f'open({target!r}, "w")'),
+    lambda target: Payload(pathlib.Path.touch, pathlib.PosixPath(target)),
+    lambda target: by_getattr('os', 'system'),
+    lambda target: Nested(print, 1),
+], ids=['system', 'exec', 'method', 'getattr', 'class'])
+@pytest.mark.parametrize('legacy', [True, False])
+def test_code_is_refused_and_not_run(tmp_path, payload, legacy):
+    target = tmp_path / 'pwned'
+    path = tmp_path / 'a.pth'
+    torch.save(dict(state_dict=STATE, x=payload(str(target))), path,
+               _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(CheckpointError) as info:
+        read_checkpoint(path)
+    text = str(info.value)
+    assert '\n' not in text and 'refused' in text, text
+    assert 'safetensors' in text
+    assert not target.exists()
+
+
+def test_getattr_is_a_stand_in(tmp_path):
+    """What a pickle gets by getattr is nothing, not what it asked for."""
+    path = save(tmp_path / 'a.pth', dict(
+        state_dict=STATE, x=Payload(getattr, torch.Tensor, 'numpy')))
+    same(read_checkpoint(path).state_dict)
+    content = torch.load(path, weights_only=False)
+    assert content['x'] is torch.Tensor.numpy  # so it was a real attempt
+    calling = tmp_path / 'b.pth'
+    calling.write_bytes(
+        b'\x80\x02c__builtin__\ngetattr\nctorch\nTensor\nX\x05\x00\x00\x00'
+        b'numpy\x86R)R.')
+    with pytest.raises(CheckpointError):
+        read_checkpoint(calling)
+
+
+def damage_zip(content):
+    return b'XX' + content[2:]
+
+
+def damage_middle(content):
+    half = len(content) // 2
+    return content[:half] + bytes(64) + content[half + 64:]
+
+
+BAD = {
+    'empty': (lambda c: b'', 'is empty'),
+    'html': (lambda c: b'\n <!DOCTYPE html><html>log in</html>', 'web page'),
+    'lfs': (lambda c: b'version https://git-lfs.github.com/spec/v1\n', 'LFS'),
+    'gzip': (lambda c: b'\x1f\x8b\x08' + c, 'an archive'),
+    'truncated': (lambda c: c[:len(c) // 2], 'damaged'),
+    'tail': (lambda c: c[:-30], 'damaged'),
+    'magic': (damage_zip, 'damaged'),
+    'noise': (lambda c: bytes(range(256)) * 8, 'damaged'),
+    'text': (lambda c: b'just some words, no weights at all', 'damaged'),
+}
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+@pytest.mark.parametrize('kind', BAD)
+@pytest.mark.parametrize('legacy', [True, False])
+def test_damaged_files(tmp_path, suffix, kind, legacy):
+    path = tmp_path / f'a{suffix}'
+    if suffix == '.pth':
+        torch.save(STATE, path, _use_new_zipfile_serialization=not legacy)
+    else:
+        write_checkpoint(path, STATE, {})
+    damage, match = BAD[kind]
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(CheckpointError, match=match) as info:
+        read_checkpoint(path)
+    assert '\n' not in str(info.value)
+    assert str(path) in str(info.value)
+
+
+def test_files_that_hold_something_else(tmp_path):
+    path = save(tmp_path / 'a.pth', torch.zeros(3))
+    with pytest.raises(CheckpointError, match='one Tensor'):
+        read_checkpoint(path)
+    path = save(tmp_path / 'a.pth', dict(epoch=3))
+    with pytest.raises(CheckpointError, match='its keys are epoch'):
+        read_checkpoint(path)
+    with zipfile.ZipFile(path, 'w') as archive:
+        archive.writestr('readme.txt', 'words')
+    with pytest.raises(CheckpointError, match='damaged'):
+        read_checkpoint(path)
+    path.write_bytes(pickle.dumps(STATE))
+    with pytest.raises(CheckpointError):
+        read_checkpoint(path)
+    with pytest.raises(FileNotFoundError, match=r'no\.pth'):
+        read_checkpoint(tmp_path / 'no.pth')
+    with pytest.raises(CheckpointError, match='is a folder'):
+        read_checkpoint(tmp_path)
+
+
+def test_an_address_is_fetched(tmp_path):
+    save(tmp_path / 'a.pth', STATE)
+    handler = functools.partial(
+        http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f'http://127.0.0.1:{server.server_port}'
+        same(read_checkpoint(f'{address}/a.pth').state_dict)
+        with pytest.raises(OSError, match='404'):
+            read_checkpoint(f'{address}/b.pth')
+        server.shutdown()
+    with pytest.raises(CheckpointError, match="'nowhere':// addresses"):
+        read_checkpoint('nowhere://a.pth')
+
+
+def test_older_torch_is_named(tmp_path, monkeypatch):
+    """Without stand-ins nothing is loaded in another way."""
+    from mmrpa.weights import files
+    monkeypatch.setattr(files, '_torch_version', lambda: (2, 3))
+    path = save(tmp_path / 'a.pth',
+                dict(state_dict=STATE, args=argparse.Namespace(a=1)))
+    with pytest.raises(CheckpointError, match='torch 2.6 or later'):
+        read_checkpoint(path)
+    same(read_checkpoint(save(path, STATE)).state_dict)
