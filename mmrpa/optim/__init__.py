@@ -1,0 +1,5 @@
+"""Optimiser settings for RPAttention backbones."""
+
+from .layer_decay import LayerDecayOptimWrapperConstructor
+
+__all__ = ['LayerDecayOptimWrapperConstructor']
