@@ -7,9 +7,20 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import IMPLS, route, rp_attention_qkv
-from ..ops.naive import REDUCTIONS, ROUTINGS, without_autocast
+from ..ops.naive import (
+    MASS_EPS,
+    REDUCTIONS,
+    ROUTINGS,
+    compute_dtype,
+    without_autocast,
+)
 from .init import LINEAR_STD, init_vit_
-from .shapes import check_heads, check_one_of, check_tokens
+from .shapes import (
+    check_heads,
+    check_one_of,
+    check_queries,
+    check_tokens,
+)
 
 # Standard deviation of the routing logits at initialisation, on LayerNorm-ed
 # random tokens: the mean entropy of the routing is then about 0.7 of log M,
@@ -188,6 +199,46 @@ class RPAttention(nn.Module):
         with without_autocast(x.device.type):
             p = route(k.float(), self.anchors.float(), self.routing)
         return p[:, :, num_cls:].transpose(-2, -1).unflatten(-1, hw_shape)
+
+    def query_response(self, x: Tensor, hw_shape: Optional[Tuple[int, int]],
+                       queries: Tensor) -> Tensor:
+        """How much of each token some queries read through the two factors.
+
+        Distribute's attention S of a query to the representatives times
+        Gather's weights, ``sum_m S[n, m] * P[j, m] / mass[m]`` for query n and
+        token j: what dense attention would call the row of n. Interact, which
+        mixes what was gathered, is left out. The cost is linear in N: the
+        matrix of all N x N such responses is not formed.
+
+        Args:
+            x (Tensor): What ``forward`` was given, tokens or a map.
+            hw_shape (tuple[int, int] | None): (H, W); needed for tokens.
+            queries (Tensor): Indices (Q) of tokens in the map, y * W + x.
+
+        Returns:
+            Tensor: Maps (B, h, Q, H, W) in float32 (float64 for float64), not
+            negative. They add up to 1 over the map; with a CLS token to 1 less
+            its part.
+
+        Raises:
+            ValueError: x and hw_shape do not fit, or a query is not a token.
+        """
+        if x.dim() == 4:
+            x, hw_shape = x.flatten(2).transpose(1, 2), x.shape[-2:]
+        num_cls = check_tokens(x, hw_shape, self.embed_dims, allow_cls=True)
+        check_queries(queries, hw_shape)
+        q, k, _ = (self._heads(t) for t in self.qkv(x).chunk(3, dim=-1))
+        dtype = compute_dtype(x.dtype)
+        with without_autocast(x.device.type):
+            q, k = q[:, :, queries + num_cls].to(dtype), k.to(dtype)
+            p_t = route(k, self.anchors.to(dtype),
+                        self.routing).transpose(-2, -1)
+            mass = p_t.sum(dim=-1, keepdim=True).clamp(min=MASS_EPS)
+            weights = p_t / mass  # (B, h, M, N)
+            k_rep = (weights if self.reduction == 'mean' else p_t) @ k
+            logits = q @ k_rep.transpose(-2, -1) * q.shape[-1]**-0.5
+            response = logits.softmax(dim=-1) @ weights
+        return response[..., num_cls:].unflatten(-1, hw_shape)
 
     def _heads(self, x: Tensor) -> Tensor:
         """(B, N, C) to (B, h, N, d)."""

@@ -2,6 +2,7 @@
 
 from typing import Any, Optional, Sequence, Tuple
 
+import torch
 from torch import Tensor
 
 
@@ -47,3 +48,17 @@ def check_tokens(x: Tensor,
             f'asks for {height * width}' +
             (' (or one more with a CLS token)' if allow_cls else ''))
     return num_cls
+
+
+def check_queries(queries: Tensor, hw_shape: Tuple[int, int]) -> None:
+    """Raise ValueError unless these are indices (Q) of tokens of a map."""
+    height, width = hw_shape
+    if (queries.dim() != 1 or queries.is_floating_point()
+            or queries.dtype == torch.bool):
+        raise ValueError('queries must be integer indices (Q), got '
+                         f'{tuple(queries.shape)} of {queries.dtype}')
+    outside = (queries < 0) | (queries >= height * width)
+    if outside.any():
+        raise ValueError(f'queries must be in [0, {height * width - 1}] for a '
+                         f'map of {height}x{width} tokens, got '
+                         f'{queries[outside].tolist()}')

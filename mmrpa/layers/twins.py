@@ -5,7 +5,7 @@ local twin that a comparison needs is the same class with another argument. All
 layers here map tokens (B, N, C) of a map ``hw_shape = (H, W)`` to (B, N, C).
 """
 
-from typing import Optional
+from typing import List, Optional
 
 import torch
 import torch.nn.functional as F
@@ -98,18 +98,21 @@ class SpatialReductionAttention(nn.Module):
     def forward(self, x: Tensor, hw_shape: HW) -> Tensor:
         """Mix tokens (B, N, C)."""
         check_tokens(x, hw_shape, self.embed_dims)
-        source = x
-        if self.sr is not None:
-            source = x.transpose(1, 2).unflatten(-1, hw_shape)
-            # As PVT, the conv drops what is left over at the right and bottom;
-            # only a map smaller than its kernel has to be padded.
-            height, width = hw_shape
-            source = F.pad(source, (0, max(self.sr_ratio - width, 0), 0,
-                                    max(self.sr_ratio - height, 0)))
-            source = self.norm(self.sr(source).flatten(2).transpose(1, 2))
-        k, v = self.kv(source).chunk(2, dim=-1)
+        k, v = self.kv(self.reduce(x, hw_shape)).chunk(2, dim=-1)
         return self.proj_drop(
             self.proj(_attend(self.q(x), k, v, self.num_heads)))
+
+    def reduce(self, x: Tensor, hw_shape: HW) -> Tensor:
+        """Tokens (B, N, C) to the fewer ones that are attended to."""
+        if self.sr is None:
+            return x
+        source = x.transpose(1, 2).unflatten(-1, hw_shape)
+        # As PVT, the conv drops what is left over at the right and bottom;
+        # only a map smaller than its kernel has to be padded.
+        height, width = hw_shape
+        source = F.pad(source, (0, max(self.sr_ratio - width, 0), 0,
+                                max(self.sr_ratio - height, 0)))
+        return self.norm(self.sr(source).flatten(2).transpose(1, 2))
 
 
 class WindowAttention(nn.Module):
@@ -162,8 +165,7 @@ class WindowAttention(nn.Module):
         height, width = hw_shape
         x = pad_to_multiple(x.unflatten(1, hw_shape), window)
         padded = x.shape[1:3]
-        shifts = tuple(self.shift_size if side > self.window_size else 0
-                       for side in padded)
+        shifts = self.shifts(padded)
         x = x.roll((-shifts[0], -shifts[1]), dims=(1, 2))
         windows = partition(x, window)  # (B * num_windows, w * w, C)
         out = _attend(*self.qkv(windows).chunk(3, dim=-1), self.num_heads,
@@ -172,6 +174,11 @@ class WindowAttention(nn.Module):
         out = out.roll(shifts, dims=(1, 2))[:, :height, :width].flatten(1, 2)
         return self.proj_drop(self.proj(out))
 
+    def shifts(self, padded: HW) -> HW:
+        """By how many tokens the windows of a padded map are shifted."""
+        return tuple(self.shift_size if side > self.window_size else 0
+                     for side in padded)
+
     def _bias(self, windows: Tensor, padded: HW, shifts: HW) -> Tensor:
         """Position bias (1, h, w², w²), with the shift mask per window."""
         area = self.window_size**2
@@ -179,7 +186,7 @@ class WindowAttention(nn.Module):
             self.relative_position_index.flatten()]
         bias = bias.view(1, area, area, -1).permute(0, 3, 1, 2)
         if any(shifts):
-            mask = _shift_mask(padded, self.window_size, shifts, bias)
+            mask = shift_mask(padded, self.window_size, shifts, bias)
             images = windows.shape[0] // mask.shape[0]
             bias = (bias + mask.unsqueeze(1)).repeat(images, 1, 1, 1)
         return bias.to(windows.dtype)
@@ -201,7 +208,7 @@ def _relative_position_index(window_size: int) -> Tensor:
     return offset[0] * (2 * window_size - 1) + offset[1]
 
 
-def _shift_mask(padded: HW, window_size: int, shifts: HW,
+def shift_mask(padded: HW, window_size: int, shifts: HW,
                 like: Tensor) -> Tensor:
     """Mask (num_windows, w², w²): 0, or -inf between tokens that only the
     cyclic shift made neighbours."""
@@ -265,17 +272,20 @@ class CrossShapedWindowAttention(nn.Module):
         check_tokens(x, hw_shape, self.embed_dims)
         height, width = hw_shape
         x = x.unflatten(1, hw_shape)
-        if self.split_size is None:
-            stripes = [(height, width)]
-        else:
+        if self.split_size is not None:
             x = pad_to_multiple(x, (self.split_size, ) * 2)
-            stripes = [(x.shape[1], self.split_size),
-                       (self.split_size, x.shape[2])]
+        stripes = self.stripes(tuple(x.shape[1:3]))
         qkv = self.qkv(x).unflatten(-1, (3, len(stripes), -1))
         branches = zip(qkv.unbind(-2), stripes, self.lepe, strict=True)
         out = torch.cat([self._branch(*branch) for branch in branches], dim=-1)
         out = out[:, :height, :width].flatten(1, 2)
         return self.proj_drop(self.proj(out))
+
+    def stripes(self, padded: HW) -> List[HW]:
+        """Height and width of each branch's stripes on a padded map."""
+        if self.split_size is None:
+            return [padded]
+        return [(padded[0], self.split_size), (self.split_size, padded[1])]
 
     def _branch(self, qkv: Tensor, stripe: HW, lepe: nn.Conv2d) -> Tensor:
         """Stripes of (B, H, W, 3, C / branches) attend to themselves."""
