@@ -1,0 +1,11 @@
+"""Swap the backbone of an mmdet, mmsegmentation or mmpretrain config."""
+
+from .archs import NAMES
+from .core import swap, swap_backbone
+from .report import Report, SwapError, SwapRefused
+from .writing import write_config
+
+__all__ = [
+    'NAMES', 'Report', 'SwapError', 'SwapRefused', 'swap', 'swap_backbone',
+    'write_config'
+]

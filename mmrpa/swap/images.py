@@ -1,0 +1,100 @@
+"""The normalisation of images that a swapped backbone's weights expect."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from .report import Report, short, type_name
+
+MEAN = [123.675, 116.28, 103.53]  # red, green, blue, of ImageNet
+STD = [58.395, 57.12, 57.375]
+_ORDER = ('bgr_to_rgb', 'to_rgb')
+
+
+def use_imagenet_rgb(cfg: dict[str, Any], report: Report) -> None:
+    """Write ImageNet's RGB statistics where caffe-style ones stand.
+
+    Caffe-style is blue, green, red in this order, or no division by the
+    standard deviation. Other statistics (a data set's own, CLIP's, Inception's
+    0.5) are left and named. So are images of other than three channels.
+
+    Args:
+        cfg (dict): The whole config, changed in place.
+        report (Report): Takes the lines.
+    """
+    for key, node in _walk(cfg):
+        if not _is_normalisation(node):
+            continue
+        mean, std = list(node['mean']), list(node['std'])
+        if len(mean) != 3 or len(std) != 3:
+            report.leave(key, f'mean={short(mean)}: not three channels')
+            continue
+        order = next((name for name in _ORDER if name in node), None)
+        if order is None:
+            order = _order_key(node)
+        in_rgb = bool(node.get(order, order == 'to_rgb' and _rgb_default(node)
+                               ))
+        if _same(mean, MEAN) and _same(std, STD) and in_rgb:
+            continue
+        caffe = not in_rgb or all(value == 1 for value in std)
+        if not caffe:
+            report.leave(key, f'mean={short(mean)}, std={short(std)} are not '
+                         "ImageNet's; weights pretrained on ImageNet want "
+                         f'mean={MEAN}, std={STD}')
+            continue
+        node.update({'mean': list(MEAN), 'std': list(STD), order: True})
+        if 'rgb_to_bgr' in node:
+            node['rgb_to_bgr'] = False
+        report.change(
+            key, f"ImageNet's mean and std, in RGB, for mean={short(mean)}, "
+            f'std={short(std)}, {order}={in_rgb}',
+            'caffe-style images do not fit weights trained on RGB')
+        _follow(cfg, mean, report)
+
+
+def _follow(cfg: dict[str, Any], old_mean: list, report: Report) -> None:
+    """Let transforms that fill with the mean (Expand) fill with the new."""
+    for key, node in _walk(cfg):
+        if 'std' in node or 'to_rgb' not in node or 'mean' not in node:
+            continue
+        if _same(list(node['mean']), old_mean) and not node['to_rgb']:
+            node.update(mean=list(MEAN), to_rgb=True)
+            report.change(key, 'fills with the new mean',
+                          'it filled with the old one')
+
+
+def _is_normalisation(node: dict[str, Any]) -> bool:
+    kind = type_name(node)
+    if kind and not ('rocessor' in kind or kind.endswith('Normalize')):
+        return False
+    return all(isinstance(node.get(name), (list, tuple)) and all(
+        isinstance(value, (int, float)) for value in node[name])
+               for name in ('mean', 'std'))
+
+
+def _order_key(node: dict[str, Any]) -> str:
+    """The argument with which this class turns the channels around."""
+    kind = type_name(node)
+    if kind.startswith(('Det', 'Seg', 'Track', 'Img', 'BoxInst', 'LineDet')):
+        return 'bgr_to_rgb'
+    return 'to_rgb'
+
+
+def _rgb_default(node: dict[str, Any]) -> bool:
+    return type_name(node).endswith('Normalize')
+
+
+def _same(a: list, b: list) -> bool:
+    return len(a) == len(b) and all(
+        abs(x - y) < 0.05 for x, y in zip(a, b, strict=True))
+
+
+def _walk(node: Any, key: str = '') -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (dotted key, dict) of a config, depth first."""
+    if isinstance(node, dict):
+        if key:
+            yield key, node
+        for name, child in node.items():
+            yield from _walk(child, f'{key}.{name}' if key else str(name))
+    elif isinstance(node, (list, tuple)):
+        for i, child in enumerate(node):
+            yield from _walk(child, f'{key}.{i}')
