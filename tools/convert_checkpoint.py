@@ -65,7 +65,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         type=float,
         default=MIN_CARRIED,
         metavar='FRACTION',
-        help='refuse if less of the shared parameters fits; default: '
+        help='refuse if less of the shared parameters or tensors fits; '
+        'default: '
         '%(default)s')
     return parser.parse_args(argv)
 
@@ -91,7 +92,8 @@ def build_target(arch: Optional[str], config: Optional[str],
         return build_arch(arch, **merge({}, options))
     try:
         cfg = Config.fromfile(config)
-    except (SyntaxError, ImportError, AttributeError) as error:
+    except (SyntaxError, ImportError, AttributeError, NameError,
+            KeyError) as error:
         raise ValueError(f'config {config} does not parse: {error}') from None
     backbone = find_backbone(cfg.get('model', {}))
     kind = str(backbone.get('type'))

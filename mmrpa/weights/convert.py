@@ -108,8 +108,8 @@ def convert(state_dict: Mapping[str, Tensor],
     if not report.carried or report.carried_fraction < min_carried:
         look = look_at(weights)
         raise ConversionError(
-            f'only {report.carried_fraction:.1%} of the parameters fit, which '
-            f'is less than {min_carried:.1%}: the file looks like {look} '
+            f'only {report.carried_fraction:.1%} fits, which is less than '
+            f'{min_carried:.1%}: the file looks like {look} '
             f'(names of {weights.style.title}); {look.advice()}', report)
     return result, report
 

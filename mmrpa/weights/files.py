@@ -250,6 +250,10 @@ def _read_pickle(local: str, name: str) -> Any:
         raise CheckpointError(_explain(str(error), name)) from None
     except _BROKEN as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if 'TorchScript' in reason:
+            raise CheckpointError(
+                f'{name} is a TorchScript program, not weights; save the '
+                'state_dict() of the model in a file') from None
         raise CheckpointError(
             f'{name} is damaged, cut off or no checkpoint ({reason}); '
             'download or copy it again') from None

@@ -18,9 +18,7 @@ _OTHERS = (
     (r'block1\.0\.mlp\.dwconv\.', 'PVT v2, which is another network than PVT'),
     (r'layers\.0\.1\.0\.attn\.attn\.in_proj_weight',
      'PVT v2 or SegFormer, which are other networks than PVT'),
-    (r'blocks\.0\.attn\.(cpb_mlp|logit_scale)',
-     'Swin V2, which is another network than Swin'),
-    (r'attn\.w_msa\.(cpb_mlp|logit_scale)',
+    (r'blocks\.0\.attn\.(w_msa\.)?(cpb_mlp|logit_scale)',
      'Swin V2, which is another network than Swin'),
     (r'features\.1\.0\.attn\.relative_position_bias_table',
      "torchvision's Swin; use the weights of the official repository, timm "
@@ -66,8 +64,17 @@ class Look:
         """Which ``--arch`` to use."""
         if self.archs:
             return f'--arch {" or ".join(self.archs)} fits it'
-        return ('no arch of that name has its size: give an arch dict of it '
-                'in a config')
+        # What can not be read from tensors is left to the user.
+        values = dict(embed_dims=self.embed_dims, depths=self.depths,
+                      num_heads=self.num_heads, mlp_ratios=self.mlp_ratios)
+        if self.family == 'deit':
+            values = {key: value[:1] for key, value in values.items()}
+            values['depths'] = (len(self.depths), )
+        options = (f'arch.{key}=' + ','.join(
+            '?' if one is None else f'{one:g}' for one in value)
+            for key, value in values.items())
+        return ('no arch has its size: describe it by --options ' +
+                ' '.join(options))
 
 
 def family_of(tensors: Mapping[str, Tensor]) -> str:

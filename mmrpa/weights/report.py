@@ -50,15 +50,20 @@ class Report:
 
     @property
     def carried_fraction(self) -> float:
-        """The smaller of two fractions of parameters: of those that the
-        backbone shares with the source, how many were carried; of those that
-        the file has for a backbone, how many were of use."""
+        """How much fits, by parameters or by tensors, whichever is less: of
+        what the backbone shares with the source, the part that was carried,
+        or of what the file has for a backbone, the part that was of use."""
         carried = sum(self.carried.values())
-        lost = sum(self.missing.values()) + sum(
-            _numel(own) for _, own in self.misshapen.values())
-        spare = sum(self.unexpected.values()) + sum(
-            _numel(given) for given, _ in self.misshapen.values())
-        return carried / max(carried + max(lost, spare), 1)
+        given, own = (sum(_numel(shapes[i])
+                          for shapes in self.misshapen.values())
+                      for i in (0, 1))
+        lost = sum(self.missing.values()) + own
+        spare = sum(self.unexpected.values()) + given
+        by_parameters = carried / max(carried + max(lost, spare), 1)
+        spoilt = len(self.misshapen) + max(
+            len(self.missing), len(self.unexpected))
+        by_tensors = len(self.carried) / max(len(self.carried) + spoilt, 1)
+        return min(by_parameters, by_tensors)
 
     def summary(self) -> str:
         """One line."""

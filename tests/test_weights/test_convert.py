@@ -9,6 +9,8 @@ from torch import nn
 
 from mmrpa.backbones import RPPVT, RPSwin
 from mmrpa.weights import ConversionError, convert
+from mmrpa.weights.identify import look_at
+from mmrpa.weights.sources import STYLES, Canonical
 
 _CACHE: dict = {}
 
@@ -349,7 +351,9 @@ def test_weights_of_another_size_are_refused(change, arch):
         convert(source.state_dict, source.twin(arch=arch))
     text = str(info.value)
     assert 'embed_dims (8, 16, 32, 64) and depths (2, 2, 2, 1)' in text
-    assert 'arch dict' in text
+    assert ('no arch has its size: describe it by --options '
+            'arch.embed_dims=8,16,32,64 arch.depths=2,2,2,1 '
+            'arch.num_heads=1,2,4,4 arch.mlp_ratios=4,4,4,4') in text
     report = info.value.report
     assert bool(report.missing) == (change == 'deeper')
     assert bool(report.unexpected) == (change == 'shallower')
@@ -360,6 +364,20 @@ def test_weights_of_another_size_are_refused(change, arch):
     assert 0 < again.carried_fraction < 0.99
     assert any(word in '\n'.join(again.lines())
                for word in ('NOT IN THE FILE', 'UNEXPECTED', 'NOT CARRIED'))
+
+
+def test_small_tensors_that_change_the_function_count():
+    """A ViT that normalises Q and K: few parameters, many tensors."""
+    source = source_of('timm_deit_plain')
+    state = dict(source.state_dict)
+    for i in range(3):
+        for kind in 'qk':
+            state[f'blocks.{i}.attn.{kind}_norm.weight'] = torch.ones(8)
+    with pytest.raises(ConversionError, match='only 8') as info:
+        convert(state, source.twin())
+    report = info.value.report
+    assert report.carried_fraction == len(report.carried) / (
+        len(report.carried) + 6)
 
 
 @pytest.mark.parametrize('name', ['timm_swin', 'official_pvt',
@@ -384,6 +402,49 @@ def test_other_networks_are_named(names, match):
     state = {name: torch.zeros(1) for name in names}
     with pytest.raises(ConversionError, match=match):
         convert(state, source_of('timm_swin').twin())
+
+
+# From the official repositories: sizes and heads of what they publish.
+PUBLISHED = {
+    'rp_deit_tiny': ('DeiT', [192], [12], 4),
+    'rp_deit_small': ('DeiT', [384], [12], 4),
+    'rp_deit_base': ('DeiT', [768], [12], 4),
+    'rp_pvt_tiny': ('PVT', [64, 128, 320, 512], [2, 2, 2, 2], (8, 8, 4, 4)),
+    'rp_pvt_small': ('PVT', [64, 128, 320, 512], [3, 4, 6, 3], (8, 8, 4, 4)),
+    'rp_pvt_medium': ('PVT', [64, 128, 320, 512], [3, 4, 18, 3],
+                      (8, 8, 4, 4)),
+    'rp_pvt_large': ('PVT', [64, 128, 320, 512], [3, 8, 27, 3], (8, 8, 4, 4)),
+    'rp_swin_tiny': ('Swin', [96, 192, 384, 768], [2, 2, 6, 2], 4),
+    'rp_swin_small': ('Swin', [96, 192, 384, 768], [2, 2, 18, 2], 4),
+    'rp_swin_base': ('Swin', [128, 256, 512, 1024], [2, 2, 18, 2], 4),
+    'rp_cswin_tiny': ('CSWin', [64, 128, 256, 512], [1, 2, 21, 1], 4),
+    'rp_cswin_small': ('CSWin', [64, 128, 256, 512], [2, 4, 32, 2], 4),
+    'rp_cswin_base': ('CSWin', [96, 192, 384, 768], [2, 4, 32, 2], 4),
+}
+
+
+@pytest.mark.parametrize('arch', PUBLISHED)
+def test_the_arch_of_published_weights_is_named(arch):
+    family, dims, depths, ratios = PUBLISHED[arch]
+    if family == 'DeiT':
+        dims, depths = dims * depths[0], [1] * depths[0]
+    ratios = ratios if isinstance(ratios, tuple) else (ratios, ) * len(dims)
+    tensors = {}
+    for i, (c, depth) in enumerate(zip(dims, depths, strict=True)):
+        for j in range(depth):
+            name = f'stages.{i}.blocks.{j}'
+            tensors[f'{name}.norm1.weight'] = torch.empty(c)
+            tensors[f'{name}.ffn.0.weight'] = torch.empty(
+                int(ratios[i] * c), 0)
+    tensors[{
+        'DeiT': 'stem.patch_embed.projection.weight',
+        'PVT': 'stages.0.pos_embed.pos_embed',
+        'Swin': 'stages.1.downsample.reduction.weight',
+        'CSWin': 'stem.projection.weight'
+    }[family]] = torch.empty(0, 3, 7, 7)
+    look = look_at(Canonical(STYLES[0], '', tensors))
+    assert str(look).startswith(f'{family} with')
+    assert look.advice() == f'--arch {arch} fits it'
 
 
 def test_pvt_v2_of_mmdet_is_not_taken_for_pvt():

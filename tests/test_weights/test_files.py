@@ -251,6 +251,9 @@ def test_files_that_hold_something_else(tmp_path):
         archive.writestr('readme.txt', 'words')
     with pytest.raises(CheckpointError, match='damaged'):
         read_checkpoint(path)
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
+    with pytest.raises(CheckpointError, match='TorchScript program'):
+        read_checkpoint(path)
     path.write_bytes(pickle.dumps(STATE))
     with pytest.raises(CheckpointError):
         read_checkpoint(path)
