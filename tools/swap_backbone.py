@@ -22,7 +22,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         'what it changed and why, one line each. docs/swap.md is the guide.',
         epilog='Exit status: 0 written; 1 refused, or the step of --check '
         'failed; 2 bad input. In the last two cases nothing is written.')
-    parser.add_argument('config', help='config file of a host')
+    parser.add_argument(
+        'config', help='config file of a host, or HOST::NAME for one that '
+        'the installed host ships')
     parser.add_argument(
         '--arch', required=True, metavar='NAME',
         help='one of ' + ', '.join(NAMES))
@@ -49,7 +51,13 @@ def check(cfg: Config) -> str:
     Raises:
         StepError: It failed.
     """
-    step = run_step(cfg)
+    try:
+        step = run_step(cfg)
+    except (AssertionError, AttributeError, ImportError, LookupError, OSError,
+            RuntimeError, TypeError, ValueError) as error:
+        text = ' '.join(str(error).split())[:400]
+        raise StepError('nothing is written, because the step of --check '
+                        f'failed: {type(error).__name__}: {text}') from error
     text = (f'checked: builds with {step.params / 1e6:.1f} M parameters, '
             f'loss {step.loss:.4g} on random images')
     if step.without_gradient:

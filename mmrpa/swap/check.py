@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.logging import MMLogger
+from mmengine.logging import MessageHub, MMLogger
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DefaultScope
 
@@ -70,6 +70,7 @@ def run_step(cfg: Config, side: int = 128, weights: bool = True) -> Step:
         model = revert_sync_batchnorm(build(model_cfg, scope))
         with _quiet():
             model.init_weights()
+        _set_progress()
         model.train()
         batch = make_batch(values, side)
         data = model.data_preprocessor(copy.deepcopy(batch), True)
@@ -91,6 +92,14 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+def _set_progress() -> None:
+    """Say what a Runner says first: some heads ask for the iteration."""
+    hub = MessageHub.get_current_instance()
+    for name, value in dict(iter=0, epoch=0, max_iters=1,
+                            max_epochs=1).items():
+        hub.update_info(name, value)
 
 
 def _read(model: torch.nn.Module, loss: float) -> Step:

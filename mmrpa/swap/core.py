@@ -18,6 +18,7 @@ from .report import Report, SwapError, SwapRefused, type_name
 from .segmentors import fit_segmentor, refuse_segmentor
 
 HOSTS = tuple(RECIPES)
+_TRACKERS = ('DeepSORT', 'SORT', 'StrongSORT')  # they have no loss
 
 
 def swap_backbone(cfg: Config | Mapping[str, Any], arch: str,
@@ -62,8 +63,8 @@ def swap(cfg: Config | Mapping[str, Any],
     """As :func:`swap_backbone`, with the lines as a :class:`Report`."""
     new = parse_arch(arch)
     values, filename = _plain_values(cfg)
-    host = _host(values)
     model, key = _find_model(values)
+    host = _host(values)
     old_cfg = model['backbone']
     told = Report()
     kind = type_name(old_cfg)
@@ -134,22 +135,20 @@ def _find_model(values: dict[str, Any]) -> tuple[dict[str, Any], str]:
     if not isinstance(model, dict):
         raise SwapRefused('no model', 'the config has no model: it is a part '
                           'of one, or data and schedule alone')
-    for node, key in ((model, 'model'),
-                      (model.get('detector'), 'model.detector')):
-        backbone = node.get('backbone') if isinstance(node, dict) else None
-        if isinstance(backbone, dict) and backbone.get('type'):
-            break
-    else:
-        raise SwapRefused(
-            'no backbone',
-            f'{type_name(model) or "the model"} has neither model.backbone '
-            'nor model.detector.backbone with a type')
-    if type_name(model) in ('DeepSORT', 'SORT', 'StrongSORT'):
+    if type_name(model) in _TRACKERS:
         raise SwapRefused(
             'nothing to train',
             f'{type_name(model)} tracks with a detector that another config '
             'trains; swap that one')
-    return node, key
+    for node, key in ((model, 'model'),
+                      (model.get('detector'), 'model.detector')):
+        backbone = node.get('backbone') if isinstance(node, dict) else None
+        if isinstance(backbone, dict) and backbone.get('type'):
+            return node, key
+    raise SwapRefused(
+        'no backbone',
+        f'{type_name(model) or "the model"} has neither model.backbone nor '
+        'model.detector.backbone with a type')
 
 
 def _names(backbone: Mapping[str, Any], host: str,

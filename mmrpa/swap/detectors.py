@@ -35,6 +35,9 @@ def refuse_detector(model: dict[str, Any], backbone: dict[str, Any],
             'a multimodal model',
             f'{key} aligns its backbone with a language model by a training '
             'that a swap would undo')
+    if _first_neck(model).get('rfp_backbone'):
+        raise SwapRefused('a detector built around its own backbone',
+                          f'{key}.neck holds a second copy of the backbone')
     shared = (model.get('roi_head') or {}).get('shared_head')
     if isinstance(shared, dict):
         raise SwapRefused(
@@ -60,11 +63,11 @@ def fit_detector(model: dict[str, Any], old: Probe, arch: Arch, key: str,
     Raises:
         SwapRefused: The maps that are read cannot be had.
     """
-    neck = model.get('neck')
-    first = neck[0] if isinstance(neck, (list, tuple)) and neck else neck
-    if not isinstance(first, dict) or 'in_channels' not in first:
+    first = _first_neck(model)
+    if 'in_channels' not in first:
         return _fit_heads(model, old, arch, key, report)
-    neck_key = f'{key}.neck.0' if first is not neck else f'{key}.neck'
+    listed = first is not model['neck']
+    neck_key = f'{key}.neck.0' if listed else f'{key}.neck'
     levels, flipped = _levels(first, old, neck_key)
     strides = [old.maps[i].stride for i in levels]
     if arch.plain:
@@ -80,6 +83,13 @@ def fit_detector(model: dict[str, Any], old: Probe, arch: Arch, key: str,
     if type_name(first) == 'SSDNeck':
         _fit_ssd(model, first, channels, key, report)
     return dict(out_indices=indices)
+
+
+def _first_neck(model: dict[str, Any]) -> dict[str, Any]:
+    """The neck that reads the backbone; an empty dict if there is none."""
+    neck = model.get('neck')
+    first = neck[0] if isinstance(neck, (list, tuple)) and neck else neck
+    return first if isinstance(first, dict) else {}
 
 
 def _levels(neck: dict[str, Any], old: Probe,

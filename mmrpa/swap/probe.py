@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from mmengine.config import ConfigDict
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DefaultScope
 from torch import Tensor, nn
@@ -20,6 +21,11 @@ from .report import SwapError, type_name
 _SHAPELESS = ('init_cfg', 'pretrained', 'dcn', 'stage_with_dcn')
 _FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn,
               torch.full)
+
+
+# Many configs share a backbone, and the next to be swapped is often like the
+# last.
+_KNOWN: dict[str, 'Probe'] = {}
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,8 @@ def build(cfg: Mapping[str, Any], scope: str) -> nn.Module:
     """Build a model or a part of one from a config, in a host's scope."""
     models = import_module(f'{scope}.registry').MODELS
     with DefaultScope.overwrite_default_scope(scope):
-        return models.build(copy.deepcopy(dict(cfg)))
+        # Hosts read some entries as attributes.
+        return models.build(ConfigDict(copy.deepcopy(dict(cfg))))
 
 
 def probe_backbone(cfg: Mapping[str, Any], scope: str, key: str) -> Probe:
@@ -90,12 +97,15 @@ def probe_backbone(cfg: Mapping[str, Any], scope: str, key: str) -> Probe:
     Raises:
         SwapError: It cannot be built, or run.
     """
-    with _explained(cfg, key):
-        try:
-            return _probe(cfg, scope, 'meta')
-        except (NotImplementedError, RuntimeError, TypeError, ValueError):
-            # An operator that needs data: run it for real.
-            return _probe(cfg, scope, 'cpu')
+    text = f'{scope} {dict(cfg)!r}'
+    if text not in _KNOWN:
+        with _explained(cfg, key):
+            try:
+                _KNOWN[text] = _probe(cfg, scope, 'meta')
+            except (NotImplementedError, RuntimeError, TypeError, ValueError):
+                # An operator that needs data: run it for real.
+                _KNOWN[text] = _probe(cfg, scope, 'cpu')
+    return _KNOWN[text]
 
 
 def parameter_names(cfg: Mapping[str, Any], scope: str,

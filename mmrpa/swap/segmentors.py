@@ -14,7 +14,8 @@ _OWN_BACKBONES = ('UNet', 'ICNet', 'BiSeNetV1', 'BiSeNetV2', 'CGNet', 'DDRNet',
                   'STDCContextPathNet', 'VPD')
 # Necks that do nothing but give a plain ViT's maps several strides.
 _RESCALING_NECKS = ('Feature2Pyramid', 'MultiLevelNeck')
-# Heads that want maps of falling resolution, and do not get them from a ViT.
+# Heads that want maps of falling resolution, and do not get them from a ViT
+# or a dilated backbone.
 _PYRAMID_HEADS = ('UPerHead', )
 
 
@@ -72,6 +73,9 @@ def fit_segmentor(model: dict[str, Any], old: Probe, arch: Arch, key: str,
             _point(head, [where[i] for i in _indices(head, old)], widths,
                    head_key, report)
         return dict(out_indices=indices)
+    if len(old.maps) == len(arch.strides) and any(
+            type_name(head) in _PYRAMID_HEADS for _, head in heads):
+        return _fit_pyramid(heads, old, arch, key, report)
     if len(set(old.strides)) == 1:
         return _fit_one_stride(heads, read, old, arch, key, report)
     if any(isinstance(head.get('in_index'), (list, tuple))
@@ -230,21 +234,24 @@ def _fit_jpu(model: dict[str, Any], heads: list[tuple[str, dict[str, Any]]],
     return dict(out_indices=stages)
 
 
+def _fit_pyramid(heads: list[tuple[str, dict[str, Any]]], old: Probe,
+                 arch: Arch, key: str, report: Report) -> dict[str, Any]:
+    """Heads made for a pyramid, on a backbone that gave none: give it."""
+    indices = tuple(range(len(arch.strides)))
+    report.change(
+        f'{key}.backbone.out_indices',
+        f'{indices}, strides {list(arch.strides)}',
+        'the decode head is made for a pyramid, which the old backbone, with '
+        f'strides {list(old.strides)}, did not have')
+    for head_key, head in heads:
+        _point(head, _indices(head, old), arch.channels, head_key, report)
+    return dict(out_indices=indices)
+
+
 def _fit_one_stride(heads: list[tuple[str, dict[str, Any]]],
                     read: Sequence[int], old: Probe, arch: Arch, key: str,
                     report: Report) -> dict[str, Any]:
     """A plain ViT read without a neck, and a pyramid in its place."""
-    pyramid = any(type_name(head) in _PYRAMID_HEADS for _, head in heads)
-    if pyramid and len(old.maps) == len(arch.strides):
-        indices = tuple(range(len(arch.strides)))
-        report.change(
-            f'{key}.backbone.out_indices', f'{indices}, strides '
-            f'{list(arch.strides)}',
-            'the decode head is made for a pyramid, which the old backbone '
-            'did not have')
-        for head_key, head in heads:
-            _point(head, _indices(head, old), arch.channels, head_key, report)
-        return dict(out_indices=indices)
     if len(read) > 1:
         raise SwapRefused(
             'several maps of one stride',

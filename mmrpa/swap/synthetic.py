@@ -64,7 +64,7 @@ def _detection(model: Mapping[str, Any], channels: int,
                side: int) -> dict[str, Any]:
     kind = type_name(model)
     if kind == 'BaseReID':
-        return _reid(channels, side)
+        return _reid(channels)
     if kind in _VIDEO_MODELS:
         return _video(model, side)
     batch = dict(
@@ -112,11 +112,13 @@ def _objects(model: Mapping[str, Any], side: int) -> Any:
     return sample
 
 
-def _reid(channels: int, side: int) -> dict[str, Any]:
+def _reid(channels: int) -> dict[str, Any]:
+    """Two images of each of two persons, in the one size of such models."""
     from mmdet.structures import ReIDDataSample
     samples = [ReIDDataSample().set_gt_label(i // 2) for i in range(4)]
-    return dict(inputs=torch.stack(_images(channels, side, 4)),
-                data_samples=samples)
+    images = torch.randint(0, 256, (4, channels, 256, 128),
+                           dtype=torch.uint8)
+    return dict(inputs=images, data_samples=samples)
 
 
 def _video(model: Mapping[str, Any], side: int) -> dict[str, Any]:

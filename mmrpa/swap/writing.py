@@ -3,12 +3,13 @@
 import os
 import tempfile
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
 
-from ..launch import load_config
+from ..launch import HOSTS, load_config
 from ..preflight import ConfigError
 from .report import SwapError
 
@@ -49,13 +50,16 @@ def read_config(path: str, options: Mapping[str, Any] | None = None) -> Config:
     """Read a config file as the hosts do.
 
     Args:
-        path (str): The file.
+        path (str): The file; or ``HOST::NAME``, a config that an installed
+            host ships, such as ``mmdet::detr/detr_r50_8xb2-150e_coco.py``.
         options (Mapping, optional): Values by dotted key, merged into it.
 
     Raises:
         MissingPathError: If there is no such file.
-        SwapError: It is no config; the message says why, in one line.
+        SwapError: It is no config, or the host is not installed; the message
+            says why, in one line.
     """
+    path = config_path(path)
     try:
         return load_config(path, options)
     except SyntaxError as error:
@@ -70,6 +74,31 @@ def read_config(path: str, options: Mapping[str, Any] | None = None) -> Config:
         text = ' '.join(str(error).split())
         raise SwapError(f'{path} does not parse: {type(error).__name__}: '
                         f'{text[:400]}') from error
+
+
+def config_path(name: str) -> str:
+    """The file that a path or ``HOST::NAME`` stands for.
+
+    mmengine's own ``::`` looks for a distribution, which the forks of the
+    hosts call by another name.
+
+    Raises:
+        SwapError: The host is not installed, or without its configs.
+    """
+    host, separator, rest = name.partition('::')
+    if not separator:
+        return name
+    if host not in HOSTS:
+        raise SwapError(f'{name}: {host!r} is no host; use one of '
+                        f'{", ".join(HOSTS)}')
+    spec = find_spec(host)
+    folders = (spec and spec.submodule_search_locations) or ()
+    for folder in folders:
+        root = Path(folder, '.mim', 'configs')
+        if root.is_dir():
+            return str(root / rest)
+    raise SwapError(f'{name}: {host} is not installed, or without its configs '
+                    '(.mim/configs)')
 
 
 def check_file(path: Path, config: str, overwrite: bool) -> None:
