@@ -5,8 +5,11 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
+import torch
 from mmengine.config import Config, DictAction
+from torch import Tensor, nn
 
+from mmrpa.transfer import attention_pairs, start_student
 from mmrpa.weights import (
     DWC_STARTS,
     arch_names,
@@ -53,6 +56,24 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         help='start of the depth-wise convolution of V: zero, average (of '
         "the neighbourhood), lepe (CSWin's own), init (random); default: "
         '%(default)s')
+    parser.add_argument(
+        '--calibrate',
+        metavar='DIR',
+        help='a folder of images without labels: set what is new from them, '
+        'so that the network starts close to its source')
+    parser.add_argument(
+        '--calibration-images',
+        type=int,
+        default=64,
+        metavar='N',
+        help='how many images of it to take; default: %(default)s')
+    parser.add_argument(
+        '--calibration-size',
+        type=int,
+        nargs=2,
+        metavar=('HEIGHT', 'WIDTH'),
+        help='their size in pixels; default: img_size of the backbone, 224 if '
+        'it has none')
     parser.add_argument(
         '--prefix',
         help="what stands before the backbone's names in SRC; default: found")
@@ -144,6 +165,13 @@ def convert_file(args: argparse.Namespace) -> List[str]:
             min_carried=args.min_carried)
     except ValueError as error:
         raise ValueError(f'{args.src}: {error}') from None
+    told = []
+    if args.calibrate is not None:
+        state_dict = calibrate_file(args, backbone, source.state_dict,
+                                    state_dict, told)
+        for name in report.new:
+            if name in state_dict and '.attn.' in name:
+                report.new[name] = 'from images'
     arch = args.arch or args.config
     write_checkpoint(
         out, state_dict,
@@ -159,7 +187,56 @@ def convert_file(args: argparse.Namespace) -> List[str]:
     lines = report.lines()
     if source.key:
         lines.insert(1, f"  weights in the file were under '{source.key}'")
-    return [*lines, f'wrote {out}']
+    return [*lines, *told, f'wrote {out}']
+
+
+def calibrate_file(args: argparse.Namespace, backbone: nn.Module,
+                   source: Dict[str, Tensor], converted: Dict[str, Tensor],
+                   told: List[str]) -> Dict[str, Tensor]:
+    """Set what is new from the images that the command line names.
+
+    Args:
+        args (Namespace): The command line.
+        backbone (RPBackbone): What was converted to; it is changed.
+        source (dict[str, Tensor]): The weights as they were in the file.
+        converted (dict[str, Tensor]): The converted ones.
+        told (list[str]): Gets a line for each layer.
+
+    Returns:
+        dict[str, Tensor]: The converted ones with new values in all
+        RPAttention layers.
+
+    Raises:
+        ValueError: The folder has no images, or one that cannot be read.
+    """
+    # Not at the top: torchvision is needed for nothing else here.
+    from mmrpa.transfer.images import load_images, read_normalisation
+    backbone.load_state_dict({**backbone.state_dict(), **converted})
+    twin = build_target(
+        args.arch, args.config,
+        {**args.options, 'attention': backbone.own_attention})
+    weights, _ = convert(source, twin, prefix=args.prefix,
+                         min_carried=args.min_carried)
+    twin.load_state_dict({**twin.state_dict(), **weights})
+    normalisation = {}
+    if args.config is not None:
+        normalisation = read_normalisation(Config.fromfile(args.config))
+    size = args.calibration_size or [getattr(backbone, 'img_size', 224)] * 2
+    images = load_images(args.calibrate, size, args.calibration_images,
+                         **normalisation)
+    names = [name for name, *_ in attention_pairs(twin, backbone)]
+    with torch.no_grad():
+        start_student(
+            twin, backbone, images, carry=False,
+            dwc=args.dwc if args.dwc in ('zero', 'average') else 'keep',
+            log=lambda line: told.append(f'  {line}'))
+    return {
+        **converted, **{
+            name: value
+            for name, value in backbone.state_dict().items()
+            if name.startswith(tuple(f'{layer}.' for layer in names))
+        }
+    }
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

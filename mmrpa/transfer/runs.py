@@ -6,7 +6,7 @@ import tempfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, Mapping, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
 
 import torch
 from mmengine.config import Config
@@ -226,7 +226,6 @@ def build_runner(transfer: AttentionTransfer, folder: str, work_dir: str,
             f'{world} processes and at most the {len(images)} images')
     steps = -(-len(images) // settings.batch_size)
     epochs = settings.layer_epochs + settings.feature_epochs
-    total, warm_up = steps * epochs, max(1, int(WARM_UP * steps * epochs))
     on_cpu = get_device() == 'cpu'
     cfg = dict(settings=asdict(settings))
     if on_cpu and world > 1:  # mmengine's default names a GPU
@@ -244,13 +243,7 @@ def build_runner(transfer: AttentionTransfer, folder: str, work_dir: str,
             dataset=images),
         train_cfg=dict(by_epoch=True, max_epochs=epochs),
         optim_wrapper=_optim_wrapper(settings, on_cpu),
-        param_scheduler=[
-            dict(type='LinearLR', start_factor=0.01, by_epoch=False,
-                 begin=0, end=warm_up),
-            dict(type='CosineAnnealingLR', T_max=max(1, total - warm_up),
-                 eta_min=settings.lr * 0.01, by_epoch=False, begin=warm_up,
-                 end=total)
-        ],
+        param_scheduler=_schedule(steps * epochs, settings.lr),
         default_hooks=dict(
             logger=dict(
                 type='LoggerHook', interval=min(LOG_EVERY, steps)),
@@ -262,6 +255,21 @@ def build_runner(transfer: AttentionTransfer, folder: str, work_dir: str,
         randomness=dict(seed=settings.seed),
         experiment_name='align_attention',
         cfg=Config(cfg))
+
+
+def _schedule(steps: int, lr: float) -> List[Dict[str, Any]]:
+    """A warm-up, then a cosine down to a hundredth."""
+    # mmengine's LinearLR ends a step early, so one step of it would stay low.
+    warm_up = max(2, int(WARM_UP * steps))
+    schedule = [
+        dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0,
+             end=warm_up)
+    ]
+    if steps > warm_up:
+        schedule.append(
+            dict(type='CosineAnnealingLR', T_max=steps - warm_up,
+                 eta_min=lr * 0.01, by_epoch=False, begin=warm_up, end=steps))
+    return schedule
 
 
 def _optim_wrapper(settings: Settings, on_cpu: bool) -> Dict[str, Any]:

@@ -14,6 +14,7 @@ def start_student(teacher: nn.Module,
                   images: Tensor,
                   *,
                   dwc: Optional[str] = None,
+                  carry: bool = True,
                   seed: int = 0,
                   log: Callable[[str], None] = print) -> None:
     """Carry, fit and calibrate: the best start without training.
@@ -27,6 +28,8 @@ def start_student(teacher: nn.Module,
         images (Tensor): Preprocessed images (B, 3, H, W), 32 to 128.
         dwc (str, optional): As for :func:`calibrate`. By default ``'keep'``
             where the teacher has a convolution of V, else ``'zero'``.
+        carry (bool): False for a student that has the teacher's weights
+            already, from ``mmrpa.weights.convert``.
         seed (int): Of k-means.
         log (callable): Takes one line of text.
 
@@ -38,7 +41,8 @@ def start_student(teacher: nn.Module,
             hasattr(source, 'lepe')
             for _, source, _ in attention_pairs(teacher, student))
         dwc = 'keep' if has_conv else 'zero'
-    log(str(carry_twin(teacher, student)))
+    if carry:
+        log(str(carry_twin(teacher, student)))
     for name, rest in fit_reduced_kv(teacher, student, images).items():
         log(f'{name}: K and V fitted to the reduced map, {rest:.0%} of their '
             'variance not explained')

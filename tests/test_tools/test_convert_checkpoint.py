@@ -9,9 +9,11 @@ import timm
 import torch
 from helpers import load_tool
 from source_models import SOURCES, images
+from torchvision.utils import save_image
 
 from mmrpa.backbones import RPSwin
-from mmrpa.weights import read_checkpoint
+from mmrpa.transfer.images import load_images
+from mmrpa.weights import convert, read_checkpoint
 
 SMALL = ['arch.embed_dims=8,16,32,64', 'arch.depths=2,2,2,1',
          'arch.num_heads=1,2,4,4', 'arch.mlp_ratios=4', 'window_size=4']
@@ -181,3 +183,65 @@ def test_configs_that_name_no_backbone_of_ours(tool, swin, tmp_path, capsys):
     code = tool.main(arguments(tmp_path, '--arch', 'rp_swin_tiny',
                                '--options', *SMALL))
     assert code == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize('name, dwc', [
+    ('timm_swin', 'average'), ('mmdet_pvt', 'zero'),
+    ('official_cswin', 'lepe'), ('timm_deit_plain', 'zero')])
+def test_calibration_brings_it_closer_to_its_source(tool, tmp_path, capsys,
+                                                    name, dwc):
+    source, folder = SOURCES[name](), tmp_path / 'images'
+    src, config = tmp_path / 'src.pth', tmp_path / 'config.py'
+    torch.save(source.state_dict, src)
+    options = {**source.options, 'attention': 'rp', 'num_representatives': 16}
+    config.write_text(f"""
+model = dict(
+    backbone=dict(type='mmrpa.{source.cls.__name__}', **{options!r}),
+    data_preprocessor=dict(mean=[9.] * 3, std=[50.] * 3, bgr_to_rgb=True))
+""")
+    folder.mkdir()
+    for i in range(8):
+        pixels = torch.nn.functional.interpolate(torch.rand(1, 3, 8, 8), (
+            128, 128))[0]
+        save_image(pixels, folder / f'{i}.png')
+    command = [str(src), '', '--config', str(config), '--dwc', dwc]
+    outs = [tmp_path / 'plain.pth', tmp_path / 'calibrated.pth']
+    for out, more in zip(outs, ([], ['--calibrate', str(folder),
+                                     '--calibration-size', '128', '128']),
+                         strict=True):
+        command[1] = str(out)
+        assert tool.main([*command, *more]) == 0
+    printed = capsys.readouterr().out
+    assert '16 anchors from' in printed and 'start: from images' in printed
+    assert ('K and V fitted' in printed) == (name == 'mmdet_pvt')
+    batch = (load_images(folder, (128, 128), mean=[9.] * 3, std=[50.] * 3)
+             ).double()
+    teacher = source.twin()
+    twin = convert(source.state_dict, teacher)[0]
+    teacher.load_state_dict({**teacher.state_dict(), **twin})
+    errors = []
+    for out in outs:
+        student = source.cls(**options)
+        state = read_checkpoint(out).state_dict
+        student.load_state_dict({**student.state_dict(), **state})
+        with torch.no_grad():
+            pairs = zip(student.double().eval()(batch), teacher(batch),
+                        strict=True)
+            errors.append([((a - b)**2).mean() / (b**2).mean()
+                           for a, b in pairs])
+    assert errors[1][0] < errors[0][0] and sum(errors[1]) < 0.9 * sum(
+        errors[0]), errors
+
+
+def test_bad_folder_of_images(tool, swin, tmp_path, capsys):
+    torch.save(swin.state_dict, tmp_path / 'a.pth')
+    options = ['--arch', 'rp_swin_tiny', '--options', *SMALL]
+    (tmp_path / 'empty').mkdir()
+    (tmp_path / 'bad').mkdir()
+    (tmp_path / 'bad/x.png').write_bytes(b'no image')
+    for folder, match in (('no/such', 'is not a folder'),
+                          ('empty', 'no images in'), ('bad', 'x.png')):
+        assert tool.main(arguments(tmp_path, *options, '--calibrate',
+                                   str(tmp_path / folder))) == 2
+        check_error(capsys, match)
+    assert not (tmp_path / 'out.pth').exists()
