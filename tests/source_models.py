@@ -6,6 +6,7 @@ the tables here, written from the repositories' sources and not from ours;
 CSWin, which nobody has, is written out below.
 """
 
+import functools
 import re
 from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, List
@@ -443,3 +444,9 @@ SOURCES: Dict[str, Callable[[], Source]] = {
         timm_deit_distilled, mmpretrain_deit, mmseg_deit, mmdet_pvt,
         official_pvt, official_cswin, official_cswin_segmentation)
 }
+
+
+@functools.lru_cache(maxsize=None)
+def source_of(name: str) -> Source:
+    """One of ``SOURCES``, built once."""
+    return SOURCES[name]()

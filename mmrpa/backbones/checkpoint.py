@@ -112,9 +112,7 @@ def load_pretrained(backbone: nn.Module, init_cfg: Mapping[str, Any]) -> None:
             f'{dict(init_cfg)}')
     checkpoint = read_checkpoint(path)
     state_dict = checkpoint.state_dict
-    if prefix is None:
-        prefix = _find_prefix(state_dict)
-    elif prefix and not prefix.endswith('.'):
+    if prefix and not prefix.endswith('.'):
         prefix += '.'
     # A converted file says itself which parameters it has not.
     new = [
@@ -122,6 +120,8 @@ def load_pretrained(backbone: nn.Module, init_cfg: Mapping[str, Any]) -> None:
         if start == 'init'
     ]
     try:
+        if prefix is None:
+            prefix = _find_prefix(state_dict)
         counts = check_state_dict(backbone, state_dict, prefix, new)
     except ValueError as error:
         raise ValueError(f'{path}: {error}') from None
@@ -151,7 +151,8 @@ def _find_prefix(state_dict: Mapping[str, Any]) -> str:
     for prefix in PREFIXES:
         if any(key.startswith(prefix + 'stages.') for key in state_dict):
             return prefix
-    return ''
+    found = find_style(state_dict)
+    return found[1] if found and found[0].family == 'mmrpa' else ''
 
 
 def _hint(state_dict: Mapping[str, Any]) -> str:

@@ -6,7 +6,8 @@ from typing import Any, Dict, Tuple
 FAMILIES = ('RPDeiT', 'RPPVT', 'RPSwin', 'RPCSWin')
 
 
-def _archs() -> Dict[str, Tuple[type, str]]:
+def known_archs() -> Dict[str, Tuple[type, str]]:
+    """Backbone class and arch by the one name of both."""
     # Not at the top: backbones import this package to load weights.
     from .. import backbones
     classes = (getattr(backbones, name) for name in FAMILIES)
@@ -18,7 +19,7 @@ def _archs() -> Dict[str, Tuple[type, str]]:
 
 def arch_names() -> Tuple[str, ...]:
     """All names that :func:`build_arch` knows."""
-    return tuple(_archs())
+    return tuple(known_archs())
 
 
 def build_arch(name: str, **options: Any):
@@ -35,7 +36,7 @@ def build_arch(name: str, **options: Any):
         TypeError: The backbone has no such argument.
         ValueError: No such name, or a value that does not fit.
     """
-    archs = _archs()
+    archs = known_archs()
     if name not in archs:
         close = difflib.get_close_matches(name, archs, n=1)
         hint = f'did you mean {close[0]!r}? ' if close else ''

@@ -25,7 +25,7 @@ _NEW = re.compile(r'.*\.attn\.(anchors|interact_weight|interact_proj|dwc\..*)')
 # Parameters that belong to one kind of attention.
 _OWN_ATTENTION = re.compile(
     r'.*\.attn\.(relative_position_bias_table|lepe\..*|sr\..*|norm\..*)')
-_NORM = re.compile(r'norm(\d+)\.norm\.(weight|bias)')
+_NORM = re.compile(r'norm\d+\.norm\.')
 NO_BIAS = 'zeros, the source has no such bias'
 _TABLE = ('.pos_embed', 'relative_position_bias_table')
 
@@ -109,8 +109,9 @@ def convert(state_dict: Mapping[str, Tensor],
         look = look_at(weights)
         raise ConversionError(
             f'only {report.carried_fraction:.1%} fits, which is less than '
-            f'{min_carried:.1%}: the file looks like {look} '
-            f'(names of {weights.style.title}); {look.advice()}', report)
+            f'{min_carried:.1%} ({"; ".join(report.problems())}): the file '
+            f'looks like {look} (names of {weights.style.title}); '
+            f'{look.advice()}', report)
     return result, report
 
 
@@ -138,11 +139,8 @@ def _fit(weights: Canonical, backbone: nn.Module,
     result = {}
     for name, target in own.items():
         value = tensors.pop(name, None)
-        if _NORM.match(name) and not _is_layer_norm(backbone, name):
-            # A BatchNorm has the same names and shapes but is another thing.
-            if value is not None:
-                tensors[name] = value
-            value = None
+        if value is not None and _is_another_norm(name, own, weights):
+            tensors[name], value = value, None
         if value is None and _is_bias_of_none(name, own, weights):
             # A layer without a bias is one whose bias is zero.
             result[name] = torch.zeros_like(target)
@@ -175,9 +173,14 @@ def _is_bias_of_none(name: str, own: Mapping[str, Tensor],
     return weight in weights.tensors and not _NORM.match(name)
 
 
-def _is_layer_norm(backbone: nn.Module, name: str) -> bool:
-    norm = getattr(backbone, name.split('.')[0], None)
-    return norm is not None and isinstance(norm.norm, nn.LayerNorm)
+def _is_another_norm(name: str, own: Mapping[str, Tensor],
+                     weights: Canonical) -> bool:
+    """LayerNorm and BatchNorm call and shape what they learn alike, but only
+    BatchNorm has running statistics."""
+    if not _NORM.match(name):
+        return False
+    mean = f'{name.rpartition(".")[0]}.running_mean'
+    return (mean in own) != (mean in weights.tensors)
 
 
 def _fit_positions(weights: Canonical, backbone: nn.Module,
@@ -232,7 +235,7 @@ def _split_qkv(own: Mapping[str, Tensor], tensors: Dict[str, Tensor]) -> None:
 def _resized(name: str, value: Tensor, target: Tensor,
              backbone: nn.Module) -> Tensor:
     """A table at the size of the backbone's, if it can be."""
-    if value.shape[-1] != target.shape[-1] or value.dim() != target.dim():
+    if value.dim() != target.dim() or value.shape[-1] != target.shape[-1]:
         return value
     module = backbone.get_submodule(name.rpartition('.')[0])
     try:
@@ -251,8 +254,6 @@ def _explain_absence(name: str, target: Tensor, weights: Canonical,
     if (_NEW.fullmatch(name) or _NORM.match(name) or
             own_source and _OWN_ATTENTION.fullmatch(name)):
         report.new[name] = 'init'
-    elif re.match(r'norm\d+\.', name):
-        pass  # running statistics of a BatchNorm
     else:
         report.missing[name] = target.numel()
 

@@ -249,13 +249,15 @@ def _read_pickle(local: str, name: str) -> Any:
     except pickle.UnpicklingError as error:
         raise CheckpointError(_explain(str(error), name)) from None
     except _BROKEN as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if 'TorchScript' in reason:
+        if 'TorchScript' in str(error):
             raise CheckpointError(
                 f'{name} is a TorchScript program, not weights; save the '
                 'state_dict() of the model in a file') from None
+        # Only torch's own words say something; a KeyError's key does not.
+        reason = re.match(r'.*?(?=\. |\n|$)', str(error))[0]
+        reason = f' ({reason})' if isinstance(error, RuntimeError) else ''
         raise CheckpointError(
-            f'{name} is damaged, cut off or no checkpoint ({reason}); '
+            f'{name} is damaged, cut off or no checkpoint{reason}; '
             'download or copy it again') from None
 
 
@@ -284,10 +286,10 @@ def _explain(error: str, name: str) -> str:
     found = re.search(r'GLOBAL ([\w.]+)|(?:function|class) <?([\w. \']+)',
                       error)
     if 'load key' in error or found is None:
-        lines = [text for text in error.splitlines() if text.strip()]
-        reason = re.sub(r'^.*?error: ', '', lines[-1] if lines else '')
-        return (f'{name} is damaged or no PyTorch file ({reason[:120]}); '
-                'download or copy it again')
+        reason = re.search(r'[Ee]rror: (.{1,100})', error)
+        return (f'{name} is damaged or no PyTorch file'
+                f'{f" ({reason[1].strip()})" if reason else ""}; download or '
+                'copy it again')
     what = next(text for text in found.groups() if text)
     old = ('' if _torch_version() >= (2, 6) else
            ' torch 2.6 or later can skip some of it;')

@@ -6,7 +6,7 @@ from typing import Dict, Mapping, Optional, Tuple
 
 from torch import Tensor
 
-from .archs import _archs
+from .archs import known_archs
 from .sources import Canonical
 
 FAMILY_TITLES = dict(deit='DeiT', pvt='PVT', swin='Swin', cswin='CSWin')
@@ -88,8 +88,8 @@ def family_of(tensors: Mapping[str, Tensor]) -> str:
            for name in tensors):
         return 'pvt'
     projection = tensors.get('stem.projection.weight')
-    return ('cswin' if projection is not None and projection.shape[-1] == 7
-            else 'swin')
+    return ('cswin' if projection is not None
+            and projection.shape[-1:] == (7, ) else 'swin')
 
 
 def look_at(weights: Canonical) -> Look:
@@ -102,7 +102,7 @@ def look_at(weights: Canonical) -> Look:
     heads: Dict[int, int] = {}
     for name, value in tensors.items():
         m = re.fullmatch(r'stages\.(\d+)\.blocks\.(\d+)\.(.*)', name)
-        if not m:
+        if not m or not value.dim():
             continue
         stage = int(m[1])
         blocks[stage] = max(blocks.get(stage, 0), int(m[2]) + 1)
@@ -110,7 +110,8 @@ def look_at(weights: Canonical) -> Look:
             dims[stage] = value.shape[0]
         elif m[3] == 'ffn.0.weight':
             hidden[stage] = value.shape[0]
-        elif m[3] == 'attn.relative_position_bias_table':
+        elif (m[3] == 'attn.relative_position_bias_table'
+              and value.dim() == 2):
             heads[stage] = value.shape[1]
         elif m[3] == 'attn.interact_weight' and value.dim() == 4:
             heads[stage] = value.shape[1]
@@ -125,7 +126,7 @@ def look_at(weights: Canonical) -> Look:
 
 def _fitting(look: Look) -> Tuple[str, ...]:
     names = []
-    for name, (cls, arch) in _archs().items():
+    for name, (cls, arch) in known_archs().items():
         if FAMILY_OF_ATTENTION[cls.own_attention] != look.family:
             continue
         zoo = dict(cls.arch_zoo[arch])

@@ -92,14 +92,17 @@ class Report:
             lines.append(f'  new, start: {start}: {_some(names)}')
         for why, names in _by_value(self.left_out).items():
             lines.append(f'  left out, {why}: {_some(names)}')
-        for name, (given, own) in self.misshapen.items():
-            lines.append(f'  NOT CARRIED, another shape: {name} {given} in '
-                         f'the file, {own} in the backbone')
-        for what, names in (('NOT IN THE FILE', self.missing),
-                            ('UNEXPECTED in the file', self.unexpected)):
-            if names:
-                lines.append(f'  {what}: {_some(list(names))}')
+        lines += [f'  WARNING: {problem}' for problem in self.problems()]
         return lines
+
+    def problems(self) -> List[str]:
+        """What was not carried though it should fit, one item a kind."""
+        shapes = [f'{name} {given} for {own}'
+                  for name, (given, own) in self.misshapen.items()]
+        return [f'{len(names)} {what}: {_some(list(names))}'
+                for what, names in (('not in the file', self.missing),
+                                    ('of another shape', shapes),
+                                    ('unexpected', self.unexpected)) if names]
 
 
 def _numel(shape: Shape) -> int:

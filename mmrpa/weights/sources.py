@@ -257,7 +257,7 @@ def canonical(state_dict: Mapping[str, Tensor], style: Style,
                     if (m := old.fullmatch(name))), None)
         if new is None and _HEADS.fullmatch(name):
             result.left_out[source] = 'a classifier'
-        elif new is None or new.startswith('?'):
+        elif new is None or new.startswith('?') or new in result.tensors:
             result.unexpected[source] = value
         else:
             result.tensors[new] = value
@@ -279,20 +279,26 @@ def _name_final_norm(result: Canonical) -> None:
     stages = 1 + max((int(name.split('.')[1]) for name in result.tensors
                       if name.startswith('stages.')), default=0)
     for name in [n for n in result.tensors if n.startswith('norm_final.')]:
-        _rename(result, name,
-                name.replace('norm_final', f'norm{stages - 1}', 1),
-                result.tensors[name])
+        new = name.replace('norm_final', f'norm{stages - 1}', 1)
+        if new in result.tensors:  # a segmentor that was a classifier
+            del result.tensors[name]
+            result.left_out[result.origin.pop(name)] = 'a classifier'
+        else:
+            _rename(result, name, new, result.tensors[name])
 
 
 def _fuse_qkv(result: Canonical) -> None:
     """PVT's q and kv to one qkv, in that order."""
     for name in [n for n in result.tensors if '.attn.kv.' in n]:
         q = name.replace('.attn.kv.', '.attn.q.')
-        if q in result.tensors:
-            qkv = torch.cat((result.tensors.pop(q), result.tensors[name]))
-            del result.origin[q]
+        parts = [result.tensors.get(part) for part in (q, name)]
+        # Shapes are any, until a backbone says which ones it needs.
+        if parts[0] is not None and all(
+                part.dim() and part.shape[1:] == parts[0].shape[1:]
+                for part in parts):
+            del result.tensors[q], result.origin[q]
             _rename(result, name, name.replace('.attn.kv.', '.attn.qkv.'),
-                    qkv)
+                    torch.cat(parts))
 
 
 def _fold_scales(result: Canonical) -> None:
@@ -305,8 +311,8 @@ def _fold_scales(result: Canonical) -> None:
                 'LayerScale, multiplied into the layer before it')
             for part in ('weight', 'bias'):
                 target = name.replace(scale, f'{layer}.{part}')
-                if target in result.tensors:
-                    value = result.tensors[target]
+                value = result.tensors.get(target)
+                if value is not None and value.shape[:1] == gamma.shape:
                     result.tensors[target] = value * gamma.view(
                         -1, *(1, ) * (value.dim() - 1))
 
@@ -317,7 +323,8 @@ def _fix_layouts(result: Canonical) -> None:
             # mmdet's PVT writes its linear layers as 1x1 convolutions.
             result.tensors[name] = value.flatten(1)
         if result.style.unfold and re.fullmatch(
-                r'stages\.\d+\.downsample\.(norm|reduction)\..*', name):
+                r'stages\.\d+\.downsample\.(norm|reduction)\..*',
+                name) and value.dim() and value.shape[-1] % 4 == 0:
             result.tensors[name] = _from_unfold(value)
 
 

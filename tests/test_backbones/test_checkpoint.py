@@ -20,7 +20,8 @@ def pretrained(path, **options):
     return dict(type='Pretrained', checkpoint=path, **options)
 
 
-@pytest.mark.parametrize('prefix', ['', 'backbone.', 'module.backbone.'])
+@pytest.mark.parametrize('prefix', ['', 'backbone.', 'module.backbone.',
+                                    'student.detector.backbone.'])
 @pytest.mark.parametrize('named', [True, False], ids=['named', 'found'])
 @pytest.mark.parametrize('wrap', [True, False], ids=['wrapped', 'bare'])
 def test_pretrained_loads_exactly(tmp_path, prefix, named, wrap):
@@ -103,6 +104,16 @@ def test_checkpoint_of_something_else_is_an_error(tmp_path):
     torch.save(dict(state_dict={'layer1.weight': torch.zeros(3)}), path)
     with pytest.raises(ValueError, match=r'missing.*(?s:.)*prefix='):
         build('swin', init_cfg=pretrained(path)).init_weights()
+
+
+def test_two_backbones_in_a_checkpoint_are_an_error(tmp_path):
+    path = tmp_path / 'a.pth'
+    torch.save({prefix + k: v for k, v in build('swin').state_dict().items()
+                for prefix in ('student.', 'teacher.')}, path)
+    with pytest.raises(ValueError, match=r"'student\.', 'teacher\.'; say"):
+        build('swin', init_cfg=pretrained(str(path))).init_weights()
+    build('swin', init_cfg=pretrained(
+        str(path), prefix='teacher')).init_weights()
 
 
 def test_missing_file_and_bad_init_cfg_are_named(tmp_path):
