@@ -162,6 +162,13 @@ def mmdet_swin() -> Source:
                     num_heads=DIMS['num_heads'])
 
 
+def mmseg_swin() -> Source:
+    """mmseg's Swin."""
+    from mmseg.models.backbones import SwinTransformer
+    return _mm_swin(SwinTransformer, embed_dims=8, depths=DIMS['depths'],
+                    num_heads=DIMS['num_heads'])
+
+
 DEIT_OPTIONS = dict(
     arch=dict(embed_dims=16, depths=3, num_heads=2, mlp_ratios=4),
     img_size=IMG, attention='dense', out_indices=(0, 1, 2), norm_cfg=None)
@@ -440,7 +447,7 @@ def official_cswin_segmentation() -> Source:
 SOURCES: Dict[str, Callable[[], Source]] = {
     f.__name__: f for f in (
         timm_swin, official_swin, official_swin_detection, mmpretrain_swin,
-        mmdet_swin, timm_deit_plain, timm_deit3, official_deit3,
+        mmdet_swin, mmseg_swin, timm_deit_plain, timm_deit3, official_deit3,
         timm_deit_distilled, mmpretrain_deit, mmseg_deit, mmdet_pvt,
         official_pvt, official_cswin, official_cswin_segmentation)
 }

@@ -219,7 +219,8 @@ def find_style(state_dict: Mapping[str, Tensor],
             prefixes = [found for found in prefixes if found == prefix]
         if len(prefixes) > 1:
             # As with whole files: averaged weights are what was evaluated.
-            averaged = [found for found in prefixes if 'ema' in found]
+            averaged = [found for found in prefixes
+                        if re.search(r'(^|[._])ema[._]', found)]
             if len(averaged) != 1:
                 raise ValueError(
                     f'there are {len(prefixes)} backbones in the file, under '
