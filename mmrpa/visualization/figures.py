@@ -23,6 +23,11 @@ from .recording import effective_representatives
 
 # A panel's longer side and what is around it, in inches; text in points.
 PANEL, GAP, TEXT = 1.7, 0.06, 8
+BAR = 0.12
+# Around a figure; half of it is for stars on the edge of an image.
+MARGIN = 0.08
+# The least height of a row, for the title that is written up its side.
+ROW = 1.05
 DPI = 300
 # Pixels of the longer side of a picture: more than a panel has at this DPI.
 PICTURE_SIDE = 720
@@ -118,7 +123,7 @@ def draw_segments(views: Sequence[View], panels: Sequence[Panel]) -> Figure:
         total = views[0].model.layer(panel.place).num_representatives
         titles.append(f'{_title(views[0], panel.place)}, head '
                       f'{panel.head + 1}\n{p.mean():.1f} of {total} in use')
-    figure, axes = _grid(len(views), len(titles), pictures[0].shape, 0.17)
+    figure, axes = _grid(len(views), len(titles), pictures[0].shape, BAR + GAP)
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title)
     for row, view, picture in zip(axes, views, pictures, strict=True):
@@ -138,7 +143,7 @@ def draw_all_heads(view: View, places: Sequence[Place]) -> Figure:
         rows += [[Panel(place, h) for h in heads[i:i + HEADS_A_ROW]]
                  for i in range(0, len(heads), HEADS_A_ROW)]
     columns = max(map(len, rows))
-    figure, axes = _grid(len(rows), columns, picture_of(view).shape, 0.34)
+    figure, axes = _grid(len(rows), columns, picture_of(view).shape, 0.34, ROW)
     for row, panels in zip(axes, rows, strict=True):
         for axis in row[len(panels):]:
             axis.set_visible(False)
@@ -201,10 +206,11 @@ def draw_heat(rows: Sequence[Responses], points: List[Tuple[float, float]]
     width, height = _panel_size(picture.shape)
     # Image, a gap for the rows' titles, heat maps, the scale.
     widths = [1.1 * width, 0.36, *[width] * len(points), 0.06]
+    between = max(GAP, ROW - height)
     figure = _figure(sum(widths) + GAP * (len(widths) - 1),
-                     len(rows) * (height + GAP) - GAP)
+                     len(rows) * (height + between) - between)
     grid = figure.add_gridspec(
-        len(rows), len(widths), width_ratios=widths, hspace=GAP / height,
+        len(rows), len(widths), width_ratios=widths, hspace=between / height,
         wspace=GAP * len(widths) / sum(widths), left=0, right=1, bottom=0,
         top=1)
     main = _bare(figure.add_subplot(grid[:, 0]))
@@ -268,7 +274,7 @@ def save(figure: Figure, path: Union[str, Path]) -> None:
     try:
         with os.fdopen(handle, 'wb') as file, matplotlib.rc_context(STYLE):
             figure.savefig(file, format=path.suffix[1:], dpi=DPI,
-                           bbox_inches='tight', pad_inches=0.03)
+                           bbox_inches='tight', pad_inches=MARGIN)
         mask = os.umask(0)
         os.umask(mask)
         os.chmod(temporary, 0o666 & ~mask)  # mkstemp's is for us alone
@@ -288,14 +294,19 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _grid(rows: int, columns: int, shape: Tuple[int, ...], below: float
-          ) -> Tuple[Figure, np.ndarray]:
-    """Axes of a picture's shape with ``below`` inches under each row."""
+def _grid(rows: int, columns: int, shape: Tuple[int, ...], below: float,
+          least: float = 0.) -> Tuple[Figure, np.ndarray]:
+    """Axes of a picture's shape with ``below`` inches under each row.
+
+    Rows are at least ``least`` inches apart.
+    """
     width, height = _panel_size(shape)
-    figure = _figure(columns * (width + GAP), rows * (height + GAP + below))
+    between = max(GAP + below, least - height)
+    figure = _figure(columns * (width + GAP) - GAP,
+                     rows * (height + between) - between)
     axes = figure.subplots(
         rows, columns, squeeze=False,
-        gridspec_kw=dict(wspace=GAP / width, hspace=(GAP + below) / height,
+        gridspec_kw=dict(wspace=GAP / width, hspace=between / height,
                          left=0, right=1, bottom=0, top=1))
     for axis in axes.flat:
         _bare(axis)
@@ -305,7 +316,7 @@ def _grid(rows: int, columns: int, shape: Tuple[int, ...], below: float
 def _panel_size(shape: Tuple[int, ...]) -> Tuple[float, float]:
     height, width = shape[:2]
     # No thinner than this, or titles would not fit over it.
-    width = PANEL * min(1., max(width / height, 0.7))
+    width = PANEL * min(1., max(width / height, 0.85))
     return width, min(PANEL, width * shape[0] / shape[1])
 
 
@@ -331,11 +342,16 @@ def _share_bar(axis: Any, p: Tensor) -> None:
     """The representatives' shares of an image as one stacked bar."""
     shares = p.mean((1, 2)).numpy()
     colors = representative_colors(len(shares))
-    bar = axis.inset_axes([0, -0.085, 1, 0.07])
+    shape = axis.images[0].get_array().shape
+    width, height = _panel_size(shape)
+    width = min(width, height * shape[1] / shape[0])
+    shown = width * shape[0] / shape[1]
+    bar = axis.inset_axes([0, -(GAP / 2 + BAR) / shown, 1, BAR / shown])
     start = 0.
     for m in np.argsort(-shares, kind='stable'):
         bar.barh(0, shares[m], 1, left=start, color=colors[m], linewidth=0)
-        if shares[m] > 0.09:
+        # What a number of this many digits takes, in inches.
+        if shares[m] * width > 0.06 + 0.05 * len(str(m + 1)):
             dark = colors[m] @ np.array([0.299, 0.587, 0.114]) < 0.5
             bar.text(start + shares[m] / 2, -0.04, str(m + 1), ha='center',
                      va='center_baseline', fontsize=5,
@@ -353,11 +369,14 @@ def _mark(axis: Any, view: View, point: Tuple[float, float], text: str,
     axis.scatter([x], [y], s=area, marker='*', c=QUERY_COLOR,
                  edgecolors='white', linewidths=0.6, clip_on=False, zorder=3)
     if text:
+        # To the inside of the image, where no title is.
         left = x > 0.8 * axis.get_xlim()[1]
+        below = y < 0.5 * axis.get_ylim()[0]
         note = axis.annotate(
-            text, (x, y), (-5 if left else 5, 4), textcoords='offset points',
-            color=QUERY_COLOR, weight='bold', fontsize=TEXT,
-            ha='right' if left else 'left')
+            text, (x, y), (-5 if left else 5, -4 if below else 4),
+            textcoords='offset points', color=QUERY_COLOR, weight='bold',
+            fontsize=TEXT, ha='right' if left else 'left',
+            va='top' if below else 'bottom')
         note.set_path_effects([withStroke(linewidth=1.5, foreground='white')])
 
 

@@ -8,8 +8,7 @@ from typing import Optional, Union
 from PIL import Image, UnidentifiedImageError
 
 # What a damaged file makes PIL's decoders raise.
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError,
-           Image.DecompressionBombError)
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError)
 
 
 def check_image(path: Union[str, Path],
@@ -47,6 +46,8 @@ def check_image(path: Union[str, Path],
                 image.load()
     except _TooLarge as error:
         raise ValueError(str(error)) from None
+    except Image.DecompressionBombError as error:  # PIL's own limit
+        raise ValueError(f'{name} is too large: {error}') from None
     except UnidentifiedImageError:
         raise ValueError(f'{name} is not an image') from None
     except _BROKEN as error:

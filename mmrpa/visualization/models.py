@@ -131,7 +131,7 @@ class RoutingModel:
             raise ConfigError(
                 f'{config}: default_scope={self.scope!r} names no host: it '
                 f'must be one of {", ".join(map(repr, HOSTS))}')
-        self._enter_scope()
+        self.enter_scope()
         self.model = self._build(attention)
         self.backbone = self._find_backbone()
         self.layers = _find_layers(self.backbone)
@@ -184,7 +184,7 @@ class RoutingModel:
             ValueError: It is no image.
         """
         check_image(path)
-        self._enter_scope()
+        self.enter_scope()
         results = self._load_image(
             dict(img_path=str(path), img_id=0, sample_idx=0))
         if results is None or results.get('img') is None:
@@ -201,14 +201,15 @@ class RoutingModel:
                     {names[name]: value for name, value in recorded.items()},
                     data)
 
-    # How it is put together.
-
-    def _enter_scope(self) -> None:
+    def enter_scope(self) -> None:
+        """Make the model's host the default scope of mmengine's registries."""
         current = DefaultScope.get_current_instance()
         if current is None or current.scope_name != self.scope:
             with warnings.catch_warnings():
                 warnings.simplefilter('ignore')  # "will be overwritten"
                 init_default_scope(self.scope)
+
+    # How it is put together.
 
     def _build(self, attention: Optional[str]) -> nn.Module:
         from mmengine.registry import MODELS
@@ -325,12 +326,21 @@ def _run(transforms: List, results: Dict[str, Any]) -> Dict[str, Any]:
     return results
 
 
-def _test_pipeline(cfg: Mapping, name: str) -> List[Mapping]:
+def test_dataset(cfg: Mapping) -> Optional[Mapping]:
+    """The dataset of ``test_dataloader``, without wrappers around it."""
     dataset = (cfg.get('test_dataloader') or {}).get('dataset')
     while isinstance(dataset, Mapping) and not dataset.get('pipeline'):
         several = dataset.get('datasets') or [None]
-        dataset = dataset.get('dataset') or several[0]
-    steps = (dataset or {}).get('pipeline') or cfg.get('test_pipeline')
+        inner = dataset.get('dataset') or several[0]
+        if inner is None:
+            break
+        dataset = inner
+    return dataset
+
+
+def _test_pipeline(cfg: Mapping, name: str) -> List[Mapping]:
+    dataset = test_dataset(cfg) or {}
+    steps = dataset.get('pipeline') or cfg.get('test_pipeline')
     if not steps:
         raise ConfigError(f'{name} has no test_dataloader.dataset.pipeline to '
                           'prepare images with')

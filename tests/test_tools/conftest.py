@@ -9,7 +9,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from helpers import TOOLS
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
 
 CLASSES = ('dot', 'bar')
 SIZE = 64
@@ -291,3 +294,63 @@ def run_tool(tmp_path):
             check=False)
 
     return run
+
+
+@pytest.fixture(scope='session')
+def photo(tmp_path_factory) -> Path:
+    """A dark picture, 150 x 97, with one bright block around (90.5, 40.5)."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(20, 60, (97, 150, 3), dtype=np.uint8)
+    pixels[38:44, 88:94] = 255
+    path = tmp_path_factory.mktemp('images') / 'photo.png'
+    assert cv2.imwrite(str(path), pixels)
+    return path
+
+
+# None of them takes the photo as it is.
+_PREPARATION = dict(
+    mmdet=[
+        dict(type='Resize', scale=(200, 120), keep_ratio=True),
+        dict(type='PackDetInputs',
+             meta_keys=('ori_shape', 'img_shape', 'scale_factor'))
+    ],
+    mmseg=[
+        dict(type='Resize', scale=(64, 41), keep_ratio=False),
+        dict(type='PackSegInputs')
+    ],
+    mmpretrain=[
+        dict(type='ResizeEdge', scale=72, edge='short', backend='pillow',
+             interpolation='bicubic'),
+        dict(type='CenterCrop', crop_size=64),
+        dict(type='PackInputs')
+    ])
+
+
+@pytest.fixture(scope='session')
+def routing_models(data, configs, tmp_path_factory) -> dict:
+    """Of each host: a config, its random weights, and those of its twin."""
+    folder = tmp_path_factory.mktemp('routing')
+    made = {}
+    for host, steps in _PREPARATION.items():
+        cfg = Config(configs[host](data))
+        load = [dict(type='LoadImageFromFile')]
+        cfg.test_dataloader.dataset.pipeline = load + steps
+        path = folder / f'{host}.py'
+        cfg.dump(path)
+        model = cfg.model
+        if host == 'mmpretrain':
+            model.data_preprocessor = cfg.data_preprocessor
+        init_default_scope(host)
+        files = []
+        for attention in ('rp', 'sr'):
+            model.backbone.attention = attention
+            torch.manual_seed(0)
+            state = MODELS.build(model).state_dict()
+            for name, tensor in state.items():
+                if name.endswith('qkv.weight'):
+                    # New queries are so small that all read the same.
+                    tensor[:len(tensor) // 3] *= 400
+            files.append(folder / f'{host}_{attention}.pth')
+            torch.save(dict(state_dict=state, meta=dict(epoch=1)), files[-1])
+        made[host] = (path, *files)
+    return made
