@@ -189,7 +189,7 @@ def pyramid_rescales(arch: Arch,
         SwapRefused: Strides that it cannot make.
     """
     own = arch.strides[0]
-    if list(strides) == [own]:
+    if set(strides) == {own}:
         return None
     rescales = [own / stride for stride in strides]
     if rescales not in ([4, 2, 1, 0.5][:len(rescales)],

@@ -10,7 +10,8 @@ import pytest
 from mmengine.config import Config
 
 import mmrpa
-from mmrpa.swap import NAMES, SwapError, SwapRefused, swap
+from mmrpa.swap import NAMES, SwapError, SwapRefused, swap, write_config
+from mmrpa.swap.probe import build
 
 IMAGENET = ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375])
 
@@ -204,3 +205,74 @@ def test_bad_input(values, arch, message):
 def test_names_are_those_of_the_backbones():
     assert len(NAMES) == 13
     assert NAMES[0] == 'rp_deit_tiny' and 'rp_pvt_large' in NAMES
+
+
+def test_configs_that_import_their_types(tmp_path):
+    (tmp_path / 'new_style.py').write_text(
+        'from mmdet.models.backbones import ResNet\n'
+        'from mmdet.models.detectors import RPN\n'
+        'from mmdet.models.necks import FPN\n'
+        'from torch.optim import SGD\n'
+        "default_scope = 'mmdet'\n"
+        'model = dict(type=RPN, backbone=dict(type=ResNet, depth=18), '
+        'neck=dict(type=FPN, in_channels=[64, 128, 256, 512], '
+        'out_channels=8, num_outs=4))\n'
+        'optim_wrapper = dict(optimizer=dict(type=SGD, lr=0.02))\n')
+    cfg, report = swap(Config.fromfile(tmp_path / 'new_style.py'),
+                       'rp_cswin_tiny')
+    assert cfg.model.neck.in_channels == [64, 128, 256, 512]
+    assert cfg.optim_wrapper.optimizer.type == 'AdamW'
+    write_config(cfg, tmp_path / 'out.py')
+    again = Config.fromfile(tmp_path / 'out.py')
+    assert again.model.backbone.type == 'mmrpa.RPCSWin'
+    assert again.model.type.endswith('.RPN')
+    neck = build(again.model.neck, 'mmdet')
+    assert type(neck).__name__ == 'FPN' and neck.in_channels[0] == 64
+
+
+def test_ssdlite_and_yolov3_of_mobilenet():
+    cfg, *_ = changes(
+        'mmdet:ssd/ssdlite_mobilenetv2-scratch_8xb24-600e_coco.py',
+        'rp_pvt_tiny')
+    # strides 16 and 32, handed on to the head
+    assert cfg.model.backbone.out_indices == (2, 3)
+    assert cfg.model.neck.out_channels == (320, 512, 512, 256, 256, 128)
+    assert cfg.model.bbox_head.in_channels == (320, 512, 512, 256, 256, 128)
+    cfg, *_ = changes('mmdet:yolo/yolov3_mobilenetv2_8xb24-320-300e_coco.py',
+                      'rp_pvt_tiny')
+    # YOLOv3's neck names the deepest first
+    assert cfg.model.neck.in_channels == [512, 320, 128]
+
+
+def test_a_plain_backbone_under_a_pyramid():
+    cfg, *_ = changes('mmdet:mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py',
+                      'rp_deit_tiny')
+    pyramid, fpn = cfg.model.neck
+    assert (pyramid.type, pyramid.embed_dim, pyramid.rescales) == (
+        'mmseg.Feature2Pyramid', 192, [4, 2, 1, 0.5])
+    assert fpn.in_channels == [192] * 4
+    assert cfg.model.backbone.out_indices == (2, 5, 8, 11)
+    cfg, *_ = changes('mmseg:pspnet/pspnet_r50-d8_4xb2-40k_cityscapes-'
+                      '512x1024.py', 'rp_deit_tiny')
+    # both heads read stride 8
+    assert (cfg.model.neck.type, cfg.model.neck.rescales) == (
+        'Feature2Pyramid', [2])
+    assert cfg.model.decode_head.in_channels == 192
+    assert (cfg.model.decode_head.in_index,
+            cfg.model.auxiliary_head.in_index) == (0, 0)
+    with pytest.raises(SwapRefused, match='odd stride'):
+        changes('mmdet:detr/detr_r50_8xb2-150e_coco.py', 'rp_deit_tiny')
+
+
+def test_the_detector_inside_a_wrapper_is_swapped():
+    cfg, *_ = changes(
+        'mmdet:soft_teacher/soft-teacher_faster-rcnn_r50-caffe_fpn_180k_'
+        'semi-0.01-coco.py', 'rp_swin_tiny')
+    assert cfg.model.detector.backbone.type == 'mmrpa.RPSwin'
+    assert cfg.model.detector.neck.in_channels == [96, 192, 384, 768]
+    pre = cfg.model.data_preprocessor.data_preprocessor
+    assert (pre.mean, pre.std, pre.bgr_to_rgb) == (*IMAGENET, True)
+    cfg, _, left = changes('mmdet:ld/ld_r18-gflv1-r101_fpn_1x_coco.py',
+                           'rp_swin_tiny')
+    assert cfg.model.teacher_ckpt.startswith('http')
+    assert {'model.teacher_config', 'model.teacher_ckpt'} <= set(left)

@@ -34,7 +34,7 @@ def test_writes_a_complete_config_and_says_what_changed(main, capsys):
     name = 'retinanet_r50-caffe_fpn_1x_coco_rp_swin_tiny.py'
     assert files() == [name]
     text = Path(name).read_text()
-    assert '_base_' not in text and 'ResNet' not in text
+    assert '_base_ =' not in text and 'ResNet' not in text
     cfg = Config.fromfile(name)
     assert cfg.model.backbone.type == 'mmrpa.RPSwin'
     lines = capsys.readouterr().out.splitlines()
