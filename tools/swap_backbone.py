@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (SwapRefused, StepError) as error:
         print(f'swap_backbone: {error}', file=sys.stderr)
         return 1
-    except (ConfigError, SwapError) as error:
+    except (ConfigError, OSError, SwapError) as error:
         print(f'swap_backbone: error: {error}', file=sys.stderr)
         return 2
     print('\n'.join([*lines, f'wrote    {out}']))

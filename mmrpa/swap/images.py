@@ -21,9 +21,13 @@ def use_imagenet_rgb(cfg: dict[str, Any], report: Report) -> None:
         cfg (dict): The whole config, changed in place.
         report (Report): Takes the lines.
     """
-    for key, node in _walk(cfg):
-        if not _is_normalisation(node):
-            continue
+    found = [(key, node) for key, node in _walk(cfg)
+             if _is_normalisation(node)]
+    if not found:
+        report.leave('model.data_preprocessor', 'images are not normalised; '
+                     'weights pretrained on ImageNet want '
+                     f'mean={MEAN}, std={STD}, in RGB')
+    for key, node in found:
         mean, std = list(node['mean']), list(node['std'])
         if len(mean) != 3 or len(std) != 3:
             report.leave(key, f'mean={short(mean)}: not three channels')
@@ -31,8 +35,7 @@ def use_imagenet_rgb(cfg: dict[str, Any], report: Report) -> None:
         order = next((name for name in _ORDER if name in node), None)
         if order is None:
             order = _order_key(node)
-        in_rgb = bool(node.get(order, order == 'to_rgb' and _rgb_default(node)
-                               ))
+        in_rgb = bool(node.get(order, type_name(node).endswith('Normalize')))
         if _same(mean, MEAN) and _same(std, STD) and in_rgb:
             continue
         caffe = not in_rgb or all(value == 1 for value in std)
@@ -77,10 +80,6 @@ def _order_key(node: dict[str, Any]) -> str:
     if kind.startswith(('Det', 'Seg', 'Track', 'Img', 'BoxInst', 'LineDet')):
         return 'bgr_to_rgb'
     return 'to_rgb'
-
-
-def _rgb_default(node: dict[str, Any]) -> bool:
-    return type_name(node).endswith('Normalize')
 
 
 def _same(a: list, b: list) -> bool:

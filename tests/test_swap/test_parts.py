@@ -45,6 +45,14 @@ def test_caffe_style_images_alone_are_changed(node, changed):
     assert bool(report.left) == (not usual)
 
 
+def test_images_that_nobody_normalises_are_named():
+    report = Report()
+    use_imagenet_rgb(dict(model=dict(data_preprocessor=dict(
+        type='DetDataPreprocessor', pad_size_divisor=32))), report)
+    assert not report.changed
+    assert 'not normalised' in dict(report.left)['model.data_preprocessor']
+
+
 def test_what_fills_with_the_mean_follows():
     cfg = dict(
         data_preprocessor=dict(type='DetDataPreprocessor', mean=BGR,
