@@ -20,7 +20,7 @@ from typing import Any, Dict, Iterator, Optional, Sequence
 import torch
 from mmengine.config import DictAction
 from mmengine.device import get_device
-from mmengine.dist import is_main_process, master_only
+from mmengine.dist import init_dist, is_main_process, master_only
 from torch import distributed as dist
 
 from mmrpa.launch import load_config
@@ -83,7 +83,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         help='mixed precision (alone: %(const)s)')
     add('--dwc', choices=('zero', 'average', 'keep'),
         help='start of the convolution of V (default: keep for CSWin, which '
-        'has one, else zero)')
+        'has one, average for windows smaller than the map, else zero)')
     add('--calibration-images', type=int, default=64,
         help='images for the start (default: %(default)s)')
     add('--seed', type=int, default=0, help='of all chance (default: 0)')
@@ -202,18 +202,25 @@ def say(text: str) -> None:
 
 @contextlib.contextmanager
 def process_group(launcher: str) -> Iterator[None]:
-    """The group of processes on CPUs; mmengine makes that of GPUs itself.
+    """The group of processes, which on CPUs mmengine cannot make.
 
     Raises:
-        ValueError: Nobody has launched the processes.
+        ValueError: Nobody has launched the processes, or there is no GPU for
+            a launcher that needs one.
     """
+    if launcher == 'none':
+        yield
+        return
     if launcher == 'pytorch' and 'RANK' not in os.environ:
         raise ValueError('--launcher pytorch is for processes that torchrun '
                          'has started: use tools/dist_align_attention.sh')
-    if launcher != 'pytorch' or get_device() != 'cpu':
-        yield
-        return
-    dist.init_process_group('gloo')
+    if get_device() != 'cpu':
+        init_dist(launcher, backend='nccl')
+    elif launcher == 'pytorch':
+        dist.init_process_group('gloo')
+    else:
+        raise ValueError(f'--launcher {launcher} needs GPUs, and there is '
+                         'none here; use tools/dist_align_attention.sh')
     try:
         yield
         dist.barrier()  # nobody leaves while another one still talks to it

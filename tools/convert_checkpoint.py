@@ -52,10 +52,9 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument(
         '--dwc',
         choices=DWC_STARTS,
-        default='zero',
         help='start of the depth-wise convolution of V: zero, average (of '
         "the neighbourhood), lepe (CSWin's own), init (random); default: "
-        '%(default)s')
+        'zero, with --calibrate what suits the attention of the source')
     parser.add_argument(
         '--calibrate',
         metavar='DIR',
@@ -160,7 +159,7 @@ def convert_file(args: argparse.Namespace) -> List[str]:
         state_dict, report = convert(
             source.state_dict,
             backbone,
-            dwc=args.dwc,
+            dwc=args.dwc or default_dwc(args, backbone),
             prefix=args.prefix,
             min_carried=args.min_carried)
     except ValueError as error:
@@ -188,6 +187,12 @@ def convert_file(args: argparse.Namespace) -> List[str]:
     if source.key:
         lines.insert(1, f"  weights in the file were under '{source.key}'")
     return [*lines, *told, f'wrote {out}']
+
+
+def default_dwc(args: argparse.Namespace, backbone: nn.Module) -> str:
+    """The start of the convolution where the command line names none."""
+    own = args.calibrate is not None and backbone.own_attention == 'cross'
+    return 'lepe' if own else 'zero'
 
 
 def calibrate_file(args: argparse.Namespace, backbone: nn.Module,
@@ -228,7 +233,7 @@ def calibrate_file(args: argparse.Namespace, backbone: nn.Module,
     with torch.no_grad():
         start_student(
             twin, backbone, images, carry=False,
-            dwc=args.dwc if args.dwc in ('zero', 'average') else 'keep',
+            dwc='keep' if args.dwc in ('lepe', 'init') else args.dwc,
             log=lambda line: told.append(f'  {line}'))
     return {
         **converted, **{

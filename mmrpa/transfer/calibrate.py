@@ -7,7 +7,7 @@ approximation of the softmax attention over all tokens with the same Q, K, V.
 
 import math
 from contextlib import contextmanager
-from typing import Dict, Iterator, List, NamedTuple, Optional
+from typing import Dict, Iterator, List, Mapping, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ class LayerReport(NamedTuple):
 def calibrate(backbone: nn.Module,
               images: Tensor,
               *,
-              dwc: str = 'zero',
+              dwc: Union[str, Mapping[str, str]] = 'zero',
               entropy: float = ENTROPY,
               seed: int = 0) -> List[LayerReport]:
     """Set anchors, Interact and convolution of all RPAttention layers.
@@ -84,9 +84,10 @@ def calibrate(backbone: nn.Module,
             module that maps images and has RPAttention layers will do.
         images (Tensor): Preprocessed images (B, C, H, W) as the backbone
             takes them; 32 to 128 of them, all in one forward pass.
-        dwc (str): ``'zero'``; ``'average'``: the mean over the kernel gives
-            half of the output, which suits sources with local windows; or
-            ``'keep'``, for a convolution that the source had too.
+        dwc (str | Mapping): ``'zero'``; ``'average'``: the mean over the
+            kernel gives half of the output, which suits sources with local
+            windows; or ``'keep'``, for a convolution that the source had too.
+            Or one of these by the name of each layer.
         entropy (float): Mean entropy of the routing over its largest value,
             between 0 (one-hot) and 1 (uniform), both excluded.
         seed (int): Of k-means and of the choice of tokens.
@@ -99,7 +100,8 @@ def calibrate(backbone: nn.Module,
             or the images have fewer tokens in a layer than it has
             representatives.
     """
-    check_one_of('dwc', dwc, DWC_STARTS)
+    if isinstance(dwc, str):
+        check_one_of('dwc', dwc, DWC_STARTS)
     if not 0 < entropy < 1:
         raise ValueError(f'entropy must be between 0 and 1, got {entropy}')
     layers = {
@@ -110,6 +112,9 @@ def calibrate(backbone: nn.Module,
     if not layers:
         raise ValueError(f'{type(backbone).__name__} has no RPAttention '
                          "layer to calibrate; is its attention 'rp'?")
+    starts = dict.fromkeys(layers, dwc) if isinstance(dwc, str) else dwc
+    for name in layers:
+        check_one_of(f'dwc of {name}', starts.get(name), DWC_STARTS)
     reports: List[LayerReport] = []
     generator = torch.Generator().manual_seed(seed)
 
@@ -117,8 +122,8 @@ def calibrate(backbone: nn.Module,
 
         def fit(layer, args, kwargs):
             reports.append(
-                _calibrate_layer(name, layer, _tokens(*args, **kwargs), dwc,
-                                 entropy, generator))
+                _calibrate_layer(name, layer, _tokens(*args, **kwargs),
+                                 starts[name], entropy, generator))
 
         return fit
 

@@ -44,6 +44,8 @@ def fit_reduced_kv(teacher: nn.Module, student: nn.Module,
         for name, source, target in attention_pairs(teacher, student)
         if isinstance(source, SpatialReductionAttention) and source.sr
     ]
+    if not reduced:
+        return {}
     with torch.no_grad():
         with record_calls(teacher, [name for name, *_ in reduced]) as calls:
             teacher(images)

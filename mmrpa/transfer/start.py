@@ -1,12 +1,14 @@
 """All that a student gets before it is trained."""
 
-from typing import Callable, Optional
+from typing import Callable, Dict, Optional
 
+import torch
 from torch import Tensor, nn
 
+from ..layers import CrossShapedWindowAttention, WindowAttention
 from .calibrate import calibrate
 from .reduction import fit_reduced_kv
-from .twin import attention_pairs, carry_twin
+from .twin import attention_pairs, carry_twin, record_calls
 
 
 def start_student(teacher: nn.Module,
@@ -26,8 +28,10 @@ def start_student(teacher: nn.Module,
         teacher (RPBackbone): The source.
         student (RPBackbone): Its twin, changed in place.
         images (Tensor): Preprocessed images (B, 3, H, W), 32 to 128.
-        dwc (str, optional): As for :func:`calibrate`. By default ``'keep'``
-            where the teacher has a convolution of V, else ``'zero'``.
+        dwc (str, optional): As for :func:`calibrate`. By default, layer by
+            layer: ``'keep'`` where the teacher has a convolution of V,
+            ``'average'`` where it has windows smaller than the map, else
+            ``'zero'``.
         carry (bool): False for a student that has the teacher's weights
             already, from ``mmrpa.weights.convert``.
         seed (int): Of k-means.
@@ -36,15 +40,31 @@ def start_student(teacher: nn.Module,
     Raises:
         ValueError: They are no twins, or the images do not fit them.
     """
-    if dwc is None:
-        has_conv = any(
-            hasattr(source, 'lepe')
-            for _, source, _ in attention_pairs(teacher, student))
-        dwc = 'keep' if has_conv else 'zero'
+    starts = _dwc_starts(teacher, student, images) if dwc is None else dwc
     if carry:
         log(str(carry_twin(teacher, student)))
     for name, rest in fit_reduced_kv(teacher, student, images).items():
         log(f'{name}: K and V fitted to the reduced map, {rest:.0%} of their '
             'variance not explained')
-    for report in calibrate(student, images, dwc=dwc, seed=seed):
+    for report in calibrate(student, images, dwc=starts, seed=seed):
         log(str(report))
+
+
+def _dwc_starts(teacher: nn.Module, student: nn.Module,
+                images: Tensor) -> Dict[str, str]:
+    """The convolution's start in each layer that differs."""
+    pairs = attention_pairs(teacher, student)
+    with torch.no_grad(), record_calls(
+            teacher, [name for name, *_ in pairs]) as calls:
+        teacher(images[:1])
+    starts = {}
+    for name, source, _ in pairs:
+        (_, hw_shape), _ = calls[name]
+        if isinstance(source, CrossShapedWindowAttention):
+            starts[name] = 'keep'
+        elif isinstance(source, WindowAttention) and max(
+                hw_shape) > source.window_size:
+            starts[name] = 'average'
+        else:
+            starts[name] = 'zero'
+    return starts

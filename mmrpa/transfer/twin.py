@@ -1,7 +1,7 @@
 """From a backbone with its family's own attention to its RPAttention twin."""
 
 from contextlib import contextmanager
-from typing import Dict, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +86,8 @@ def carry_twin(teacher: nn.Module, student: nn.Module) -> Carried:
         state = {
             key: given.pop(f'{name}.{key}') for key in source.state_dict()
         }
-        translated = _translate(state, target)
+        translated = _translate(
+            state, target, getattr(source, 'split_size', None))
         given.update({f'{name}.{k}': v for k, v in translated.items()})
     own = student.state_dict()
     shared = tuple(key for key in own if key in given)
@@ -98,8 +99,8 @@ def carry_twin(teacher: nn.Module, student: nn.Module) -> Carried:
                    tuple(key for key in given if key not in used))
 
 
-def _translate(state: Dict[str, Tensor], target: RPAttention
-               ) -> Dict[str, Tensor]:
+def _translate(state: Dict[str, Tensor], target: RPAttention,
+               split_size: Optional[int]) -> Dict[str, Tensor]:
     """One layer of the teacher in RPAttention's names."""
     state = dict(state)
     for kind in ('weight', 'bias'):
@@ -110,6 +111,8 @@ def _translate(state: Dict[str, Tensor], target: RPAttention
             size = 0 if target.dwc is None else target.dwc.kernel_size[0]
             parts = [state.pop(f'lepe.{i}.{kind}') for i in (0, 1)
                      if f'lepe.{i}.{kind}' in state]
+            if kind == 'weight' and split_size is not None:
+                parts = _across_stripes(parts, split_size)
             lepe = torch.cat(parts)
             if kind == 'weight' and size > lepe.shape[-1]:
                 pad = (size - lepe.shape[-1]) // 2
@@ -117,6 +120,20 @@ def _translate(state: Dict[str, Tensor], target: RPAttention
             # A smaller kernel has no place for it.
             state[f'dwc.{kind}' if size >= 3 else f'lepe.{kind}'] = lepe
     return state
+
+
+def _across_stripes(kernels: List[Tensor], width: int) -> List[Tensor]:
+    """Kernels inside stripes, vertical and horizontal, as such on a map.
+
+    A neighbour across a stripe of that width is inside of it for a share of
+    (width - 1) / width of the cells; for the others the teacher saw zeros.
+    """
+    share = torch.tensor([1 - 1 / width, 1., 1 - 1 / width])
+    return [
+        kernel * share.to(kernel).view(shape)
+        for kernel, shape in zip(kernels, ((1, 1, 1, 3), (1, 1, 3, 1)),
+                                 strict=True)
+    ]
 
 
 @contextmanager

@@ -224,6 +224,7 @@ def test_amp_init_and_other_choices(tool, case, plain, tmp_path, capsys):
     (dict(), ['--lr', 0], 'lr is 0.0'),
     (dict(), ['--amp'], "amp='float16' needs a GPU"),
     (dict(), ['--launcher', 'pytorch'], 'dist_align_attention.sh'),
+    (dict(), ['--launcher', 'slurm'], 'needs GPUs'),
 ], ids=lambda v: '-'.join(map(str, v)) if isinstance(v, list) else None)
 def test_bad_input(tool, case, tmp_path, monkeypatch, capsys, change, options,
                    message):

@@ -199,6 +199,7 @@ def test_mixed_attention_and_seeds():
 
 @pytest.mark.parametrize('options, message', [
     (dict(dwc='lepe'), r"dwc must be one of .*'keep'.*got 'lepe'"),
+    (dict(dwc=dict(other='zero')), r'dwc of attn must be.*got None'),
     (dict(entropy=1.), r'entropy must be between 0 and 1, got 1\.0'),
 ])
 def test_bad_arguments(options, message):
