@@ -13,7 +13,7 @@ IMPLS = ('auto', 'naive', 'fused', 'triton')
 # Custom operators with autograd came with torch 2.4.
 HAS_CUSTOM_OPS = hasattr(torch.library, 'custom_op')
 if HAS_CUSTOM_OPS:
-    from . import library
+    from . import library, library_layer
 
 # What the Triton kernels take.
 TRITON_HEAD_DIMS = (16, 128)
@@ -269,6 +269,104 @@ def rp_attention_qkv(qkv: Tensor,
     return out + F.pad(local, (0, 0, num_cls, 0))
 
 
+def computes_layer(impl: str, device_type: str, dtype: torch.dtype,
+                   routing: str = 'representatives') -> bool:
+    """Whether an implementation takes the projections in as well.
+
+    ``'fused'`` does so on the CPU, in float32 and float64, for the routing's
+    softmax over the representatives: see :func:`rp_attention_layer`.
+
+    Args:
+        impl (str): As returned by :func:`choose_impl`.
+        device_type (str): ``'cpu'``, ``'cuda'`` and so on.
+        dtype (torch.dtype): Of the layer's input and parameters.
+        routing (str): See :func:`rp_attention`.
+    """
+    return (impl == 'fused' and device_type == 'cpu'
+            and dtype in (torch.float32, torch.float64)
+            and routing == 'representatives')
+
+
+def rp_attention_layer(x: Tensor,
+                       qkv_weight: Tensor,
+                       anchors: Tensor,
+                       interact_weight: Tensor,
+                       out_weight: Tensor,
+                       *,
+                       num_heads: int,
+                       hw_shape: Tuple[int, int],
+                       qkv_bias: Optional[Tensor] = None,
+                       out_bias: Optional[Tensor] = None,
+                       dwc_weight: Optional[Tensor] = None,
+                       dwc_bias: Optional[Tensor] = None,
+                       reduction: str = 'mean',
+                       interact_proj: Optional[Tensor] = None,
+                       interact_residual: bool = False,
+                       scale: Optional[float] = None) -> Tensor:
+    """RPAttention with its projections, in one operator for the CPU.
+
+    ``linear(rp_attention_qkv(linear(x, qkv_weight, qkv_bias), ...),
+    out_weight, out_bias)``, computed in bands of the map's rows, and with the
+    products associated otherwise where that takes fewer multiply-adds.
+
+    Args:
+        x (Tensor): (B, N, C) on the CPU, float32 or float64, not empty.
+        qkv_weight (Tensor): (3C, C), of an nn.Linear.
+        anchors, interact_weight: As for :func:`rp_attention_qkv`.
+        out_weight (Tensor): (C, C), of an nn.Linear.
+        num_heads (int): Heads h; divides C.
+        hw_shape (tuple[int, int]): (H, W) of the map; the N - H * W tokens in
+            front (a CLS token) take no part in the convolution.
+        qkv_bias, out_bias (Tensor, optional): (3C) and (C).
+        dwc_weight, dwc_bias, reduction, interact_proj, interact_residual,
+            scale: As for :func:`rp_attention_qkv`.
+
+    Returns:
+        Tensor: (B, N, C).
+
+    Raises:
+        TypeError: A tensor is not floating point.
+        ValueError: A shape, dtype or device does not fit, or torch is older
+            than 2.4.
+    """
+    if not HAS_CUSTOM_OPS:
+        raise ValueError('rp_attention_layer needs torch 2.4 or later, this '
+                         f'is {torch.__version__}; use rp_attention_qkv')
+    if (x.dim() != 3 or not x.numel() or num_heads < 1
+            or x.shape[2] % num_heads):
+        raise ValueError('x must be (B, N, num_heads * d) and not empty, got '
+                         f'{tuple(x.shape)} with num_heads={num_heads}')
+    params = (qkv_weight, qkv_bias, anchors, interact_weight, interact_proj,
+              dwc_weight, dwc_bias, out_weight, out_bias)
+    names = ('qkv_weight', 'qkv_bias', 'anchors', 'interact_weight',
+             'interact_proj', 'dwc_weight', 'dwc_bias', 'out_weight',
+             'out_bias')
+    tensors = dict(x=x, **dict(zip(names, params, strict=True)))
+    _check_tensors(tensors, same_dtype=len(tensors))
+    if not computes_layer('fused', x.device.type, x.dtype):
+        raise ValueError(f'x must be float32 or float64 on the CPU, got '
+                         f'{x.dtype} on {x.device}; use rp_attention_qkv')
+    channels = x.shape[2]
+    _check_arguments(num_heads, channels // num_heads, anchors,
+                     interact_weight, interact_proj, 'representatives',
+                     reduction)
+    _check_convolution(channels, x.shape[1], hw_shape, dwc_weight, dwc_bias)
+    for name, shape in dict(qkv_weight=(3 * channels, channels),
+                            qkv_bias=(3 * channels, ),
+                            out_weight=(channels, channels),
+                            out_bias=(channels, )).items():
+        if tensors[name] is not None:
+            _check_shape(name, tensors[name], [shape])
+    height, width = hw_shape
+    if height < 1 or width < 1 or height * width > x.shape[1]:
+        raise ValueError(f'hw_shape=({height}, {width}) must be a map of at '
+                         f'least one and at most N={x.shape[1]} tokens')
+    scale = (channels // num_heads)**-0.5 if scale is None else float(scale)
+    return torch.ops.mmrpa.rp_attention_layer(
+        x, *params, num_heads, height, width, reduction, interact_residual,
+        scale)[0]
+
+
 def _check_tensors(tensors: dict, same_dtype: int = 0) -> None:
     """Floating point, on one device; the first few of one dtype."""
     first_name, first = next(iter(tensors.items()))
@@ -285,7 +383,7 @@ def _check_tensors(tensors: dict, same_dtype: int = 0) -> None:
         if i < same_dtype and tensor.dtype != first.dtype:
             raise ValueError(
                 f'{name} is {tensor.dtype} but {first_name} {first.dtype}; '
-                'q, k and v must share one dtype')
+                'they must share one dtype')
 
 
 def _check_arguments(heads: int, dims: int, anchors: Tensor,
