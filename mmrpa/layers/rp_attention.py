@@ -169,7 +169,7 @@ class RPAttention(nn.Module):
             reduction=self.reduction,
             interact_proj=self.interact_proj,
             interact_residual=self.interact_residual)
-        if self._takes_whole(x):
+        if self._absorbs_projections(x):
             out = rp_attention_layer(
                 x,
                 self.qkv.weight,
@@ -190,19 +190,20 @@ class RPAttention(nn.Module):
                     **options))
         return self.proj_drop(out)
 
-    def _takes_whole(self, x: Tensor) -> bool:
+    def _absorbs_projections(self, x: Tensor) -> bool:
         """Whether one operator computes the projections as well."""
-        impl = resolve_impl(self.impl, x.device.type, x.dtype,
-                            self.anchors.shape[2], self.num_representatives,
+        _, m, head_dims = self.anchors.shape
+        impl = resolve_impl(self.impl, x.device.type, x.dtype, head_dims, m,
                             self.routing)
         # Autocast means the Linear layers to run in half precision. A layer
-        # that was replaced or that someone listens to has to be called.
-        return (computes_layer(impl, x.device.type, x.dtype, self.routing)
-                and x.numel() > 0 and self.anchors.dtype == x.dtype
+        # that was replaced, or that someone listens to, has to be called.
+        return (computes_layer(impl, x.device.type, x.dtype, x.shape[1],
+                               self.num_heads, head_dims, m, self.routing)
+                and self.dwc is not None and self.anchors.dtype == x.dtype
                 and not torch.is_autocast_enabled('cpu')
                 and is_plain(self.qkv, nn.Linear)
                 and is_plain(self.proj, nn.Linear)
-                and (self.dwc is None or is_plain(self.dwc, nn.Conv2d)))
+                and is_plain(self.dwc, nn.Conv2d))
 
     def routing_map(self,
                     x: Tensor,

@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import naive
+from . import absorbed, naive
 from .naive import REDUCTIONS, ROUTINGS
 
 IMPLS = ('auto', 'naive', 'fused', 'triton')
 # Custom operators with autograd came with torch 2.4.
 HAS_CUSTOM_OPS = hasattr(torch.library, 'custom_op')
 if HAS_CUSTOM_OPS:
-    from . import library, library_layer
+    from . import library
 
 # What the Triton kernels take.
 TRITON_HEAD_DIMS = (16, 128)
@@ -270,21 +270,30 @@ def rp_attention_qkv(qkv: Tensor,
 
 
 def computes_layer(impl: str, device_type: str, dtype: torch.dtype,
+                   num_tokens: int, num_heads: int, head_dims: int,
+                   num_representatives: int,
                    routing: str = 'representatives') -> bool:
-    """Whether an implementation takes the projections in as well.
+    """Whether an implementation computes the projections as well.
 
-    ``'fused'`` does so on the CPU, in float32 and float64, for the routing's
-    softmax over the representatives: see :func:`rp_attention_layer`.
+    ``'fused'`` does, as :func:`rp_attention_layer`, on the CPU in float32 and
+    float64, for the routing's softmax over the representatives, where that
+    takes fewer multiply-adds and an image has at least 1 024 tokens: with
+    heads of d channels, from about M = d / 2 downwards.
 
     Args:
         impl (str): As returned by :func:`choose_impl`.
         device_type (str): ``'cpu'``, ``'cuda'`` and so on.
         dtype (torch.dtype): Of the layer's input and parameters.
+        num_tokens (int): N.
+        num_heads (int): Heads h.
+        head_dims (int): Channels d of a head.
+        num_representatives (int): M.
         routing (str): See :func:`rp_attention`.
     """
     return (impl == 'fused' and device_type == 'cpu'
             and dtype in (torch.float32, torch.float64)
-            and routing == 'representatives')
+            and routing == 'representatives' and absorbed.absorbs(
+                num_tokens, num_heads, num_representatives, head_dims))
 
 
 def rp_attention_layer(x: Tensor,
@@ -292,34 +301,37 @@ def rp_attention_layer(x: Tensor,
                        anchors: Tensor,
                        interact_weight: Tensor,
                        out_weight: Tensor,
+                       dwc_weight: Tensor,
                        *,
                        num_heads: int,
                        hw_shape: Tuple[int, int],
                        qkv_bias: Optional[Tensor] = None,
                        out_bias: Optional[Tensor] = None,
-                       dwc_weight: Optional[Tensor] = None,
                        dwc_bias: Optional[Tensor] = None,
                        reduction: str = 'mean',
                        interact_proj: Optional[Tensor] = None,
                        interact_residual: bool = False,
                        scale: Optional[float] = None) -> Tensor:
-    """RPAttention with its projections, in one operator for the CPU.
+    """RPAttention with its projections, in one operator.
 
     ``linear(rp_attention_qkv(linear(x, qkv_weight, qkv_bias), ...),
-    out_weight, out_bias)``, computed in bands of the map's rows, and with the
-    products associated otherwise where that takes fewer multiply-adds.
+    out_weight, out_bias)``, with the products associated otherwise, so that Q,
+    K and O never exist: fewer multiply-adds where heads have few
+    representatives (:func:`computes_layer`), and less memory. It is made for
+    the CPU, one image at a time, in bands of the map's rows.
 
     Args:
-        x (Tensor): (B, N, C) on the CPU, float32 or float64, not empty.
+        x (Tensor): (B, N, C), float32 or float64.
         qkv_weight (Tensor): (3C, C), of an nn.Linear.
         anchors, interact_weight: As for :func:`rp_attention_qkv`.
         out_weight (Tensor): (C, C), of an nn.Linear.
+        dwc_weight (Tensor): Depth-wise kernels (C, 1, K, K), K odd.
         num_heads (int): Heads h; divides C.
         hw_shape (tuple[int, int]): (H, W) of the map; the N - H * W tokens in
             front (a CLS token) take no part in the convolution.
         qkv_bias, out_bias (Tensor, optional): (3C) and (C).
-        dwc_weight, dwc_bias, reduction, interact_proj, interact_residual,
-            scale: As for :func:`rp_attention_qkv`.
+        dwc_bias, reduction, interact_proj, interact_residual, scale: As for
+            :func:`rp_attention_qkv`.
 
     Returns:
         Tensor: (B, N, C).
@@ -332,20 +344,17 @@ def rp_attention_layer(x: Tensor,
     if not HAS_CUSTOM_OPS:
         raise ValueError('rp_attention_layer needs torch 2.4 or later, this '
                          f'is {torch.__version__}; use rp_attention_qkv')
-    if (x.dim() != 3 or not x.numel() or num_heads < 1
-            or x.shape[2] % num_heads):
-        raise ValueError('x must be (B, N, num_heads * d) and not empty, got '
+    if x.dim() != 3 or num_heads < 1 or x.shape[2] % num_heads:
+        raise ValueError('x must be (B, N, num_heads * d), got '
                          f'{tuple(x.shape)} with num_heads={num_heads}')
-    params = (qkv_weight, qkv_bias, anchors, interact_weight, interact_proj,
-              dwc_weight, dwc_bias, out_weight, out_bias)
-    names = ('qkv_weight', 'qkv_bias', 'anchors', 'interact_weight',
-             'interact_proj', 'dwc_weight', 'dwc_bias', 'out_weight',
-             'out_bias')
-    tensors = dict(x=x, **dict(zip(names, params, strict=True)))
-    _check_tensors(tensors, same_dtype=len(tensors))
-    if not computes_layer('fused', x.device.type, x.dtype):
-        raise ValueError(f'x must be float32 or float64 on the CPU, got '
-                         f'{x.dtype} on {x.device}; use rp_attention_qkv')
+    params = dict(qkv_weight=qkv_weight, qkv_bias=qkv_bias, anchors=anchors,
+                  interact_weight=interact_weight,
+                  interact_proj=interact_proj, dwc_weight=dwc_weight,
+                  dwc_bias=dwc_bias, out_weight=out_weight, out_bias=out_bias)
+    _check_tensors(dict(x=x, **params), same_dtype=1 + len(params))
+    if x.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f'x must be float32 or float64, got {x.dtype}; use '
+                         'rp_attention_qkv')
     channels = x.shape[2]
     _check_arguments(num_heads, channels // num_heads, anchors,
                      interact_weight, interact_proj, 'representatives',
@@ -355,16 +364,12 @@ def rp_attention_layer(x: Tensor,
                             qkv_bias=(3 * channels, ),
                             out_weight=(channels, channels),
                             out_bias=(channels, )).items():
-        if tensors[name] is not None:
-            _check_shape(name, tensors[name], [shape])
-    height, width = hw_shape
-    if height < 1 or width < 1 or height * width > x.shape[1]:
-        raise ValueError(f'hw_shape=({height}, {width}) must be a map of at '
-                         f'least one and at most N={x.shape[1]} tokens')
+        if params[name] is not None:
+            _check_shape(name, params[name], [shape])
     scale = (channels // num_heads)**-0.5 if scale is None else float(scale)
     return torch.ops.mmrpa.rp_attention_layer(
-        x, *params, num_heads, height, width, reduction, interact_residual,
-        scale)[0]
+        x, *params.values(), num_heads, *hw_shape, reduction,
+        interact_residual, scale)[0]
 
 
 def _check_tensors(tensors: dict, same_dtype: int = 0) -> None:

@@ -199,4 +199,5 @@ def _backward_flops(grad_out, qkv, anchors, interact_weight, interact_proj,
     # once, up to what its own gradient needs, with that.
     pairs = 7 if interact_proj is None else 8
     return operator_flops(qkv, anchors, interact_weight, interact_proj,
-                          dwc_weight, height, width, Passes(12, pairs, 4, 3, 2))
+                          dwc_weight, height, width,
+                          Passes(12, pairs, 4, 3, 2))

@@ -1,4 +1,4 @@
-"""The CPU's whole layer as an operator that torch knows; see library.py."""
+"""absorbed.py as an operator that torch knows; see library.py."""
 
 from typing import Any, List, Optional, Tuple
 
@@ -6,38 +6,36 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import cpu_layer
-from .cpu_layer import Kept, Weights
+from . import absorbed
+from .absorbed import Kept, Weights
 from .fused import Options, Representatives
 from .library import Passes, operator_flops
+from .shifts import taps
 
 NUM_TENSORS = 10  # the arguments up to out_bias
 
 
 def _weights(heads: int, qkv_weight: Tensor, qkv_bias: Optional[Tensor],
              anchors: Tensor, interact_weight: Tensor,
-             interact_proj: Optional[Tensor], dwc_weight: Optional[Tensor],
+             interact_proj: Optional[Tensor], dwc_weight: Tensor,
              dwc_bias: Optional[Tensor], out_weight: Tensor,
              out_bias: Optional[Tensor]) -> Weights:
-    """The operator's parameters as cpu_layer has them."""
+    """The operator's parameters as absorbed has them."""
     channels = len(out_weight)
     zeros = qkv_weight.new_zeros(3 * channels)
     q, k, v = qkv_weight.contiguous().split(channels)
     q_bias, k_bias, v_bias = (zeros if qkv_bias is None else
                               qkv_bias.contiguous()).split(channels)
-    taps = None
-    if dwc_weight is not None:
-        taps = dwc_weight.reshape(channels, -1).t().contiguous()
     return Weights(q, k, v, out_weight.contiguous(), q_bias, k_bias, v_bias,
                    zeros[:channels] if out_bias is None else out_bias,
                    anchors.expand(heads, -1, -1).contiguous(),
-                   interact_weight, interact_proj, taps, dwc_bias)
+                   interact_weight, interact_proj, taps(dwc_weight), dwc_bias)
 
 
 @torch.library.custom_op('mmrpa::rp_attention_layer', mutates_args=())
 def _layer(x: Tensor, qkv_weight: Tensor, qkv_bias: Optional[Tensor],
            anchors: Tensor, interact_weight: Tensor,
-           interact_proj: Optional[Tensor], dwc_weight: Optional[Tensor],
+           interact_proj: Optional[Tensor], dwc_weight: Tensor,
            dwc_bias: Optional[Tensor], out_weight: Tensor,
            out_bias: Optional[Tensor], heads: int, height: int, width: int,
            reduction: str, interact_residual: bool, scale: float
@@ -45,7 +43,7 @@ def _layer(x: Tensor, qkv_weight: Tensor, qkv_bias: Optional[Tensor],
     weights = _weights(heads, qkv_weight, qkv_bias, anchors, interact_weight,
                        interact_proj, dwc_weight, dwc_bias, out_weight,
                        out_bias)
-    out, kept = cpu_layer.forward(
+    out, kept = absorbed.forward(
         x.contiguous(), weights, (height, width),
         Options('representatives', reduction, interact_residual, scale))
     return (out, kept.v, *kept.reps, kept.px)
@@ -57,11 +55,10 @@ def _(x, qkv_weight, qkv_bias, anchors, interact_weight, interact_proj,
       reduction, interact_residual, scale):
     batch, num_tokens, channels = x.shape
     m, dims = anchors.shape[1:]
-    absorbed = cpu_layer.absorbs(num_tokens, heads, m, dims)
     reps = [x.new_empty(batch, heads, m, dims) for _ in range(2)]
     return (x.new_empty(x.shape), x.new_empty(x.shape), *reps,
             x.new_empty(batch, heads, m),
-            x.new_empty((batch, heads * m, channels) if absorbed else (0, )))
+            x.new_empty(batch, heads * m, channels))
 
 
 @torch.library.custom_op('mmrpa::rp_attention_layer_backward',
@@ -69,7 +66,7 @@ def _(x, qkv_weight, qkv_bias, anchors, interact_weight, interact_proj,
 def _layer_backward(
         grad_out: Tensor, x: Tensor, qkv_weight: Tensor,
         qkv_bias: Optional[Tensor], anchors: Tensor, interact_weight: Tensor,
-        interact_proj: Optional[Tensor], dwc_weight: Optional[Tensor],
+        interact_proj: Optional[Tensor], dwc_weight: Tensor,
         dwc_bias: Optional[Tensor], out_weight: Tensor,
         out_bias: Optional[Tensor], v: Tensor, k_rep: Tensor, z: Tensor,
         mass: Tensor, px: Tensor, heads: int, height: int, width: int,
@@ -85,7 +82,7 @@ def _layer_backward(
         *qkv_grad.chunk(3), torch.zeros_like(weights.out),
         *bias_grad.chunk(3),
         *(None if t is None else x.new_zeros(t.shape) for t in weights[7:]))
-    grad_x = cpu_layer.backward(
+    grad_x = absorbed.backward(
         x.contiguous(), weights, (height, width),
         Options('representatives', reduction, interact_residual, scale),
         Kept(v, Representatives(k_rep, z, mass), px), grad_out.contiguous(),
@@ -93,8 +90,7 @@ def _layer_backward(
     anchors_grad = grad.anchors
     if anchors.shape[0] == 1:
         anchors_grad = anchors_grad.sum(0, keepdim=True)
-    taps_grad = None if dwc_weight is None else grad.taps.t().reshape(
-        dwc_weight.shape)
+    taps_grad = grad.taps.t().reshape(dwc_weight.shape)
     grads = (qkv_grad, bias_grad, anchors_grad, grad.interact,
              grad.interact_proj, taps_grad, grad.taps_bias, grad.out,
              grad.out_bias)
@@ -127,7 +123,7 @@ _layer.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def _flops(x: List[int], anchors: List[int], weight: List[int],
-           proj: Optional[List[int]], dwc: Optional[List[int]], heads: int,
+           proj: Optional[List[int]], dwc: List[int], heads: int,
            height: int, width: int, projections: int, passes: Passes) -> int:
     batch, num_tokens, channels = x
     qkv = [[batch, num_tokens, heads, channels // heads]]

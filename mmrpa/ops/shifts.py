@@ -10,6 +10,40 @@ import torch
 from torch import Tensor
 
 Cut = Tuple[slice, slice]
+# Of the rows that are convolved at a time: what the taps read and write again
+# and again then stays in the cache.
+BAND_BYTES = 2 * 2**20
+
+
+def taps(weight: Tensor) -> Tensor:
+    """Depth-wise kernels (C, 1, size, size) as (size * size, C)."""
+    return weight.reshape(len(weight), -1).t().contiguous()
+
+
+def _bands(maps: Tensor) -> Iterator[Cut]:
+    """Images and rows of (B, H, W, C): several small images, or a band."""
+    batch, height, width, channels = maps.shape
+    step = max(1, BAND_BYTES // (maps.itemsize * width * channels))
+    images = max(1, step // height)
+    for first in range(0, batch, images):
+        for top in range(0, height, step):
+            yield (slice(first, min(first + images, batch)),
+                   slice(top, min(top + step, height)))
+
+
+def convolve_all(maps: Tensor, taps: Tensor, bias: Optional[Tensor],
+                 out: Tensor) -> None:
+    """Write a whole zero-padded convolution; see :func:`convolve`."""
+    for images, rows in _bands(maps):
+        convolve(maps[images], taps, bias, rows, out[images, rows])
+
+
+def kernel_gradient_all(maps: Tensor, grad: Tensor, size: int) -> Tensor:
+    """The taps' gradient, (size * size, C); see :func:`kernel_gradient`."""
+    out = maps.new_zeros(size * size, maps.shape[-1])
+    for images, rows in _bands(maps):
+        kernel_gradient(maps[images], grad[images, rows], rows, out)
+    return out
 
 
 def _shifts(size: int, rows: slice, height: int, width: int
