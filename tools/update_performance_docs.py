@@ -11,7 +11,7 @@ import torch
 from benchmarks.measure import run_tool
 from plot_benchmarks import find_crossovers
 
-from mmrpa.ops import choose_impl
+from mmrpa.ops import choose_impl, computes_layer
 
 DOCS = Path(__file__).resolve().parents[1] / 'docs'
 # <name>-cpu.json and <name>-gpu.json; a file of another name is an error.
@@ -36,8 +36,8 @@ smaller. In every round each peer is timed once, in an order that alternates;
 a ratio is the median over the rounds, with its quartiles in parentheses. The
 files hold every sample.
 
-Peers of the layers: `projections` (RPAttention's own qkv and proj alone, which
-no layer with them can beat), `dense` (torch's scaled_dot_product_attention),
+Peers of the layers: `projections` (RPAttention's own qkv and proj alone, as
+two Linear layers), `dense` (torch's scaled_dot_product_attention),
 `sr` (PVT's spatial reduction: 8, 4, 2, 1 for up to 96, 192, 384 and more
 channels), `window` (Swin's, 7 x 7, shifted) and `agent` (attention through
 pooled agents, on the smallest square grid of at least M). Peers of the
@@ -49,7 +49,16 @@ CUDA where its kernels take the case (float32, bfloat16 or float16, 16 to 128
 channels a head, at most 256 representatives, the routing's softmax over the
 representatives), `'fused'` otherwise. With torch before 2.4, which lacks the
 custom operators that both need, `'naive'`. What the implementations are:
-[method.md](method.md#the-operator)."""
+[method.md](method.md#the-operator).
+
+On the CPU in float32 and float64 `'fused'` computes the projections of
+`RPAttention` as well (`mmrpa.ops.computes_layer`), with the products
+associated otherwise, where an image has at least 1 024 tokens and that takes
+fewer multiply-adds. Their number over that of the projections alone, the
+convolution left out, for the layers above:"""
+COUNT_CASES = ((3136, 96, 16), (66800, 96, 16), (16700, 192, 32),
+               (4200, 384, 64), (1050, 768, 64))
+HEAD_DIMS = 32
 AUTO_CASES = (
     ('cpu', torch.float32, 32, 64), ('cpu', torch.bfloat16, 32, 64),
     ('cuda', torch.bfloat16, 32, 64), ('cuda', torch.float32, 128, 256),
@@ -248,6 +257,23 @@ def auto_table() -> str:
                                   head_dims=dims, num_representatives=m)]])
 
 
+def count_table() -> str:
+    """Multiply-adds of the layer over those of its projections."""
+    rows = []
+    for n, c, m in COUNT_CASES:
+        heads = c // HEAD_DIMS
+        projections = 4 * n * c * c
+        by_parts = projections + 5 * n * m * c
+        whole = 2 * n * c * c + 4 * n * heads * m * c + 4 * m * c * c
+        chosen = computes_layer('fused', 'cpu', torch.float32, n, heads,
+                                HEAD_DIMS, m)
+        rows.append([f'{n}, {c}, {m}', f'{by_parts / projections:.2f}',
+                     f'{whole / projections:.2f}',
+                     'otherwise' if chosen else 'as defined'])
+    return table(['N, C, M', 'as defined', 'associated otherwise', 'chosen'],
+                 rows)
+
+
 def write_page(reports: Dict[str, Report], images: Path) -> str:
     """The whole page."""
     texts = [INTRO]
@@ -260,7 +286,8 @@ def write_page(reports: Dict[str, Report], images: Path) -> str:
     texts += ['## Where RPAttention is slower',
               'Every case and peer of the tables above with a median ratio '
               'above 1; lower bounds are no peers.', slower(reports),
-              "## How `impl='auto'` chooses", AUTO_RULE, auto_table()]
+              "## How `impl='auto'` chooses", AUTO_RULE, count_table(),
+              'And the rule of the implementations:', auto_table()]
     return '\n\n'.join(texts) + '\n'
 
 

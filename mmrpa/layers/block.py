@@ -6,6 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from .init import init_vit_
+from .plain import is_plain
+
+# Hidden activations of a piece of tokens that the FFN takes at a time.
+PIECE_BYTES = 4 * 2**20
 
 
 class DropPath(nn.Module):
@@ -85,4 +89,27 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor, hw_shape: Tuple[int, int]) -> Tensor:
         """Tokens (B, N, C) of a map (H, W) to the same shape."""
         x = x + self.drop_path(self.attn(self.norm1(x), hw_shape))
+        if self._can_cut(x):
+            return self._add_ffn_(x)
         return x + self.drop_path(self.ffn(self.norm2(x)))
+
+    def _can_cut(self, x: Tensor) -> bool:
+        """Whether the FFN may take a piece of the tokens at a time.
+
+        On the CPU, in inference; a module that someone listens to is called
+        once, on all tokens.
+        """
+        return (x.device.type == 'cpu' and not torch.is_grad_enabled()
+                and not self.training and x.is_contiguous()
+                and is_plain(self.norm2, nn.LayerNorm)
+                and is_plain(self.ffn, FFN)
+                and all(is_plain(m, type(m)) for m in self.ffn))
+
+    def _add_ffn_(self, x: Tensor) -> Tensor:
+        """``x += ffn(norm2(x))``, whose hidden activations stay in the cache.
+        """
+        hidden = self.ffn[0].out_features
+        size = max(1, PIECE_BYTES // (x.itemsize * hidden))
+        for piece in x.flatten(0, 1).split(size):
+            piece += self.ffn(self.norm2(piece))
+        return x

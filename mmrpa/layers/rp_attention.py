@@ -6,7 +6,14 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-from ..ops import IMPLS, route, rp_attention_qkv
+from ..ops import (
+    IMPLS,
+    computes_layer,
+    route,
+    rp_attention_layer,
+    rp_attention_qkv,
+)
+from ..ops.functional import resolve_impl
 from ..ops.naive import (
     MASS_EPS,
     REDUCTIONS,
@@ -15,6 +22,7 @@ from ..ops.naive import (
     without_autocast,
 )
 from .init import LINEAR_STD, init_vit_
+from .plain import is_plain
 from .shapes import (
     check_heads,
     check_one_of,
@@ -164,20 +172,49 @@ class RPAttention(nn.Module):
     def _forward_tokens(self, x: Tensor,
                         hw_shape: Optional[Tuple[int, int]]) -> Tensor:
         check_tokens(x, hw_shape, self.embed_dims, allow_cls=True)
-        out = rp_attention_qkv(
-            self.qkv(x),
-            self.anchors,
-            self.interact_weight,
+        options = dict(
             num_heads=self.num_heads,
             hw_shape=hw_shape,
             dwc_weight=None if self.dwc is None else self.dwc.weight,
             dwc_bias=None if self.dwc is None else self.dwc.bias,
-            routing=self.routing,
             reduction=self.reduction,
             interact_proj=self.interact_proj,
-            interact_residual=self.interact_residual,
-            impl=self.impl)
-        return self.proj_drop(self.proj(out))
+            interact_residual=self.interact_residual)
+        if self._absorbs_projections(x):
+            out = rp_attention_layer(
+                x,
+                self.qkv.weight,
+                self.anchors,
+                self.interact_weight,
+                self.proj.weight,
+                qkv_bias=self.qkv.bias,
+                out_bias=self.proj.bias,
+                **options)
+        else:
+            out = self.proj(
+                rp_attention_qkv(
+                    self.qkv(x),
+                    self.anchors,
+                    self.interact_weight,
+                    routing=self.routing,
+                    impl=self.impl,
+                    **options))
+        return self.proj_drop(out)
+
+    def _absorbs_projections(self, x: Tensor) -> bool:
+        """Whether one operator computes the projections as well."""
+        _, m, head_dims = self.anchors.shape
+        impl = resolve_impl(self.impl, x.device.type, x.dtype, head_dims, m,
+                            self.routing)
+        # Autocast means the Linear layers to run in half precision. A layer
+        # that was replaced, or that someone listens to, has to be called.
+        return (computes_layer(impl, x.device.type, x.dtype, x.shape[1],
+                               self.num_heads, head_dims, m, self.routing)
+                and self.dwc is not None and self.anchors.dtype == x.dtype
+                and not torch.is_autocast_enabled('cpu')
+                and is_plain(self.qkv, nn.Linear)
+                and is_plain(self.proj, nn.Linear)
+                and is_plain(self.dwc, nn.Conv2d))
 
     def routing_map(self,
                     x: Tensor,

@@ -1,9 +1,17 @@
 """RPAttention as functions of tensors; needs torch alone."""
 
-from .functional import IMPLS, choose_impl, rp_attention, rp_attention_qkv
+from .functional import (
+    IMPLS,
+    choose_impl,
+    computes_layer,
+    rp_attention,
+    rp_attention_layer,
+    rp_attention_qkv,
+)
 from .naive import distribute, gather, interact, route
 
 __all__ = [
-    'IMPLS', 'choose_impl', 'distribute', 'gather', 'interact', 'route',
-    'rp_attention', 'rp_attention_qkv'
+    'IMPLS', 'choose_impl', 'computes_layer', 'distribute', 'gather',
+    'interact', 'route', 'rp_attention', 'rp_attention_layer',
+    'rp_attention_qkv'
 ]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import naive
+from . import absorbed, naive
 from .naive import REDUCTIONS, ROUTINGS
 
 IMPLS = ('auto', 'naive', 'fused', 'triton')
@@ -269,6 +269,109 @@ def rp_attention_qkv(qkv: Tensor,
     return out + F.pad(local, (0, 0, num_cls, 0))
 
 
+def computes_layer(impl: str, device_type: str, dtype: torch.dtype,
+                   num_tokens: int, num_heads: int, head_dims: int,
+                   num_representatives: int,
+                   routing: str = 'representatives') -> bool:
+    """Whether an implementation computes the projections as well.
+
+    ``'fused'`` does, as :func:`rp_attention_layer`, on the CPU in float32 and
+    float64, for the routing's softmax over the representatives, where that
+    takes fewer multiply-adds and an image has at least 1 024 tokens: with
+    heads of d channels, from about M = d / 2 downwards.
+
+    Args:
+        impl (str): As returned by :func:`choose_impl`.
+        device_type (str): ``'cpu'``, ``'cuda'`` and so on.
+        dtype (torch.dtype): Of the layer's input and parameters.
+        num_tokens (int): N.
+        num_heads (int): Heads h.
+        head_dims (int): Channels d of a head.
+        num_representatives (int): M.
+        routing (str): See :func:`rp_attention`.
+    """
+    return (impl == 'fused' and device_type == 'cpu'
+            and dtype in (torch.float32, torch.float64)
+            and routing == 'representatives' and absorbed.absorbs(
+                num_tokens, num_heads, num_representatives, head_dims))
+
+
+def rp_attention_layer(x: Tensor,
+                       qkv_weight: Tensor,
+                       anchors: Tensor,
+                       interact_weight: Tensor,
+                       out_weight: Tensor,
+                       dwc_weight: Tensor,
+                       *,
+                       num_heads: int,
+                       hw_shape: Tuple[int, int],
+                       qkv_bias: Optional[Tensor] = None,
+                       out_bias: Optional[Tensor] = None,
+                       dwc_bias: Optional[Tensor] = None,
+                       reduction: str = 'mean',
+                       interact_proj: Optional[Tensor] = None,
+                       interact_residual: bool = False,
+                       scale: Optional[float] = None) -> Tensor:
+    """RPAttention with its projections, in one operator.
+
+    ``linear(rp_attention_qkv(linear(x, qkv_weight, qkv_bias), ...),
+    out_weight, out_bias)``, with the products associated otherwise, so that Q,
+    K and O never exist: fewer multiply-adds where heads have few
+    representatives (:func:`computes_layer`), and less memory. It is made for
+    the CPU, one image at a time, in bands of the map's rows.
+
+    Args:
+        x (Tensor): (B, N, C), float32 or float64.
+        qkv_weight (Tensor): (3C, C), of an nn.Linear.
+        anchors, interact_weight: As for :func:`rp_attention_qkv`.
+        out_weight (Tensor): (C, C), of an nn.Linear.
+        dwc_weight (Tensor): Depth-wise kernels (C, 1, K, K), K odd.
+        num_heads (int): Heads h; divides C.
+        hw_shape (tuple[int, int]): (H, W) of the map; the N - H * W tokens in
+            front (a CLS token) take no part in the convolution.
+        qkv_bias, out_bias (Tensor, optional): (3C) and (C).
+        dwc_bias, reduction, interact_proj, interact_residual, scale: As for
+            :func:`rp_attention_qkv`.
+
+    Returns:
+        Tensor: (B, N, C).
+
+    Raises:
+        TypeError: A tensor is not floating point.
+        ValueError: A shape, dtype or device does not fit, or torch is older
+            than 2.4.
+    """
+    if not HAS_CUSTOM_OPS:
+        raise ValueError('rp_attention_layer needs torch 2.4 or later, this '
+                         f'is {torch.__version__}; use rp_attention_qkv')
+    if x.dim() != 3 or num_heads < 1 or x.shape[2] % num_heads:
+        raise ValueError('x must be (B, N, num_heads * d), got '
+                         f'{tuple(x.shape)} with num_heads={num_heads}')
+    params = dict(qkv_weight=qkv_weight, qkv_bias=qkv_bias, anchors=anchors,
+                  interact_weight=interact_weight,
+                  interact_proj=interact_proj, dwc_weight=dwc_weight,
+                  dwc_bias=dwc_bias, out_weight=out_weight, out_bias=out_bias)
+    _check_tensors(dict(x=x, **params), same_dtype=1 + len(params))
+    if x.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f'x must be float32 or float64, got {x.dtype}; use '
+                         'rp_attention_qkv')
+    channels = x.shape[2]
+    _check_arguments(num_heads, channels // num_heads, anchors,
+                     interact_weight, interact_proj, 'representatives',
+                     reduction)
+    _check_convolution(channels, x.shape[1], hw_shape, dwc_weight, dwc_bias)
+    for name, shape in dict(qkv_weight=(3 * channels, channels),
+                            qkv_bias=(3 * channels, ),
+                            out_weight=(channels, channels),
+                            out_bias=(channels, )).items():
+        if params[name] is not None:
+            _check_shape(name, params[name], [shape])
+    scale = (channels // num_heads)**-0.5 if scale is None else float(scale)
+    return torch.ops.mmrpa.rp_attention_layer(
+        x, *params.values(), num_heads, *hw_shape, reduction,
+        interact_residual, scale)[0]
+
+
 def _check_tensors(tensors: dict, same_dtype: int = 0) -> None:
     """Floating point, on one device; the first few of one dtype."""
     first_name, first = next(iter(tensors.items()))
@@ -285,7 +388,7 @@ def _check_tensors(tensors: dict, same_dtype: int = 0) -> None:
         if i < same_dtype and tensor.dtype != first.dtype:
             raise ValueError(
                 f'{name} is {tensor.dtype} but {first_name} {first.dtype}; '
-                'q, k and v must share one dtype')
+                'they must share one dtype')
 
 
 def _check_arguments(heads: int, dims: int, anchors: Tensor,

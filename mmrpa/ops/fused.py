@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import shifts
 from .naive import MASS_EPS, compute_dtype, interact, project
 
 # What one piece may take, in bytes: Q, K, V and the output of its tokens, and
@@ -280,12 +281,17 @@ def convolve(v: Tensor, weight: Tensor, bias: Optional[Tensor],
 
     The N - H * W tokens in front are not of the map, and get zeros.
     """
-    num_cls = v.shape[1] - hw_shape[0] * hw_shape[1]
+    maps, num_cls = _to_map(v, hw_shape)
+    weight = weight.to(v.dtype)
+    bias = None if bias is None else bias.to(v.dtype)
+    if _shifts_pay(v):
+        out = v.new_empty(v.shape)
+        out[:, :num_cls] = 0
+        shifts.convolve_all(maps, shifts.taps(weight), bias,
+                            _to_map(out, hw_shape)[0])
+        return out
     local = F.conv2d(
-        _to_map(v, hw_shape),
-        weight.to(v.dtype),
-        None if bias is None else bias.to(v.dtype),
-        padding=weight.shape[-1] // 2,
+        _channels_last(maps), weight, bias, padding=weight.shape[-1] // 2,
         groups=weight.shape[0])
     local = local.permute(0, 2, 3, 1).reshape(v[:, num_cls:].shape)
     return F.pad(local, (0, 0, 0, 0, num_cls, 0)) if num_cls else local
@@ -296,26 +302,47 @@ def convolve_backward(
         hw_shape: Tuple[int, int], grad_out: Tensor,
         grad_v: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
     """Write the gradient of v; return those of weight and bias."""
-    num_cls = v.shape[1] - hw_shape[0] * hw_shape[1]
+    maps, num_cls = _to_map(v, hw_shape)
+    grad_maps, _ = _to_map(grad_out, hw_shape)
+    weight = weight.to(v.dtype)
+    grad_v[:, :num_cls].zero_()
+    if _shifts_pay(v):
+        # A correlation with the same taps, the other way round.
+        shifts.convolve_all(grad_maps, shifts.taps(weight).flip(0), None,
+                            _to_map(grad_v, hw_shape)[0])
+        grad_taps = shifts.kernel_gradient_all(maps, grad_maps,
+                                               weight.shape[-1])
+        return (grad_taps.t().reshape(weight.shape),
+                None if bias is None else grad_maps.sum((0, 1, 2)))
     grad_map, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-        _to_map(grad_out, hw_shape), _to_map(v, hw_shape),
-        weight.to(v.dtype), None if bias is None else list(bias.shape),
+        _channels_last(grad_maps), _channels_last(maps), weight,
+        None if bias is None else list(bias.shape),
         [1, 1], [weight.shape[-1] // 2] * 2, [1, 1], False, [0, 0],
         weight.shape[0], [True, True, bias is not None])
-    grad_v[:, :num_cls].zero_()
     grad_v[:, num_cls:].copy_(
         grad_map.permute(0, 2, 3, 1).reshape(v[:, num_cls:].shape))
     return grad_weight, grad_bias
 
 
-def _to_map(x: Tensor, hw_shape: Tuple[int, int]) -> Tensor:
-    """Tokens (B, N, h, d) to (B, C, H, W), channels last.
+def _shifts_pay(x: Tensor) -> bool:
+    """Shifts round each of their sums, which half precision can not afford."""
+    return (x.device.type == 'cpu'
+            and x.dtype in (torch.float32, torch.float64))
+
+
+def _to_map(x: Tensor, hw_shape: Tuple[int, int]) -> Tuple[Tensor, int]:
+    """Tokens (B, N, h, d) to a view (B, H, W, C), and how many are before.
+    """
+    num_cls = x.shape[1] - hw_shape[0] * hw_shape[1]
+    return x[:, num_cls:].unflatten(1, hw_shape).flatten(3), num_cls
+
+
+def _channels_last(maps: Tensor) -> Tensor:
+    """(B, H, W, C) to (B, C, H, W), channels last.
 
     The copy pays: on a strided view torch's depth-wise convolution takes
     several times as long.
     """
-    num_cls = x.shape[1] - hw_shape[0] * hw_shape[1]
-    maps = x[:, num_cls:].unflatten(1, hw_shape).flatten(3)
     return maps.permute(0, 3, 1, 2).contiguous(
         memory_format=torch.channels_last)
 

@@ -165,10 +165,11 @@ class Passes(NamedTuple):
     convolutions: int
 
 
-def _flops(qkv_shape: Sequence[Sequence[int]], anchors_shape: Sequence[int],
-           weight_shape: Sequence[int], proj_shape: Optional[Sequence[int]],
-           dwc_shape: Optional[Sequence[int]], height: int, width: int,
-           passes: Passes) -> int:
+def operator_flops(qkv_shape: Sequence[Sequence[int]],
+                   anchors_shape: Sequence[int], weight_shape: Sequence[int],
+                   proj_shape: Optional[Sequence[int]],
+                   dwc_shape: Optional[Sequence[int]], height: int,
+                   width: int, passes: Passes) -> int:
     """Two a multiply-add of all products."""
     batch, num_tokens, *_, heads, dims = qkv_shape[0]
     m = anchors_shape[1]
@@ -186,8 +187,8 @@ def _flops(qkv_shape: Sequence[Sequence[int]], anchors_shape: Sequence[int],
 def _forward_flops(qkv, anchors, interact_weight, interact_proj, dwc_weight,
                    dwc_bias, height, width, *args, out_shape=None,
                    **kwargs) -> int:
-    return _flops(qkv, anchors, interact_weight, interact_proj, dwc_weight,
-                  height, width, Passes(5, 2, 1, 1, 1))
+    return operator_flops(qkv, anchors, interact_weight, interact_proj,
+                          dwc_weight, height, width, Passes(5, 2, 1, 1, 1))
 
 
 @register_flop_formula(torch.ops.mmrpa.rp_attention_backward)
@@ -197,5 +198,6 @@ def _backward_flops(grad_out, qkv, anchors, interact_weight, interact_proj,
     # Routing and attention are recomputed; so is Interact, once for V_rep and
     # once, up to what its own gradient needs, with that.
     pairs = 7 if interact_proj is None else 8
-    return _flops(qkv, anchors, interact_weight, interact_proj, dwc_weight,
-                  height, width, Passes(12, pairs, 4, 3, 2))
+    return operator_flops(qkv, anchors, interact_weight, interact_proj,
+                          dwc_weight, height, width,
+                          Passes(12, pairs, 4, 3, 2))

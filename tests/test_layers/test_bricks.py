@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from mmrpa.layers import (
     FFN,
@@ -12,6 +13,7 @@ from mmrpa.layers import (
     PatchMerging,
     PositionEmbed,
     TransformerBlock,
+    block,
 )
 
 
@@ -92,3 +94,34 @@ def test_block_is_pre_norm_residual():
     expected = middle + block.ffn(norm(middle))
     torch.testing.assert_close(block(x, (2, 3)), expected)
     assert isinstance(block.ffn, FFN) and block.ffn[0].out_features == 16
+
+
+@pytest.mark.parametrize('size', [1, 7 * 4 * 64, 10**9])
+@pytest.mark.parametrize('shape', [(1, 1), (2, 9), (3, 14)], ids=str)
+def test_ffn_in_pieces_equals_ffn_at_once(monkeypatch, size, shape):
+    monkeypatch.setattr(block, 'PIECE_BYTES', size)
+    layer = TransformerBlock(nn.Identity(), 16, 4).eval()
+    layer.attn.forward = lambda x, hw_shape: x
+    for p in layer.parameters():
+        nn.init.normal_(p)
+    x = torch.randn(*shape, 16)
+    y = x + layer.norm1(x)
+    expected = y + layer.ffn(layer.norm2(y))
+    kept = x.clone()
+    with torch.no_grad():
+        actual = layer(x, (1, shape[1]))
+    torch.testing.assert_close(actual, expected)
+    assert torch.equal(x, kept)
+
+
+@pytest.mark.parametrize('name', ['norm2', 'ffn', 'ffn.0', 'ffn.3'])
+def test_ffn_that_someone_listens_to_is_called_once(monkeypatch, name):
+    monkeypatch.setattr(block, 'PIECE_BYTES', 1)
+    layer = TransformerBlock(nn.Identity(), 16, 4).eval()
+    layer.attn.forward = lambda x, hw_shape: x
+    shapes = []
+    layer.get_submodule(name).register_forward_hook(
+        lambda module, args, out: shapes.append(tuple(args[0].shape[:2])))
+    with torch.no_grad():
+        layer(torch.randn(2, 9, 16), (1, 9))
+    assert shapes == [(2, 9)]

@@ -132,14 +132,18 @@ def test_backward_keeps_little_beside_x_qkv_and_output(n, c, m):
 
 
 @pytest.mark.parametrize('batch', [1, 3])
-def test_what_backward_keeps_is_linear_in_n(batch):
-    small, middle, large = (
-        kept(n, 96, 16, batch) for n in (700, 1400, 2800))
+@pytest.mark.parametrize('m', [16, 64])
+def test_what_backward_keeps_is_linear_in_n(batch, m):
+    small, middle, large = (kept(n, 96, m, batch)
+                            for n in (1400, 2800, 5600))
     assert large - middle == 2 * (middle - small)
-    # x, q, k, v and the output for a token; the rest does not grow.
-    assert middle - small == 700 * 5 * batch * 96 * 4
-    # Three heads' K_rep, Z and mass.
-    assert small - (middle - small) == 3 * batch * 16 * (2 * 32 + 1) * 4
+    # Few representatives, on the CPU: of tensors that grow with N, x and V.
+    # Else x, q, k, v and the output.
+    tensors = 2 if m == 16 else 5
+    assert middle - small == 1400 * tensors * batch * 96 * 4
+    # Three heads' K_rep, Z and mass, and P^T x.
+    rest = 3 * m * (2 * 32 + 1) + (3 * m * 96 if m == 16 else 0)
+    assert small - (middle - small) == batch * rest * 4
 
 
 def test_map_and_tokens_are_the_same_function():
