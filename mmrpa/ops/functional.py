@@ -13,7 +13,7 @@ IMPLS = ('auto', 'naive', 'fused', 'triton')
 # Custom operators with autograd came with torch 2.4.
 HAS_CUSTOM_OPS = hasattr(torch.library, 'custom_op')
 if HAS_CUSTOM_OPS:
-    from . import library
+    from . import library, library_layer
 
 # What the Triton kernels take.
 TRITON_HEAD_DIMS = (16, 128)
@@ -367,9 +367,9 @@ def rp_attention_layer(x: Tensor,
         if params[name] is not None:
             _check_shape(name, params[name], [shape])
     scale = (channels // num_heads)**-0.5 if scale is None else float(scale)
-    return torch.ops.mmrpa.rp_attention_layer(
-        x, *params.values(), num_heads, *hw_shape, reduction,
-        interact_residual, scale)[0]
+    return library_layer.rp_attention_layer(
+        x, list(params.values()), num_heads, hw_shape, reduction,
+        interact_residual, scale)
 
 
 def _check_tensors(tensors: dict, same_dtype: int = 0) -> None:

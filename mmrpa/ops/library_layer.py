@@ -1,6 +1,6 @@
 """absorbed.py as an operator that torch knows; see library.py."""
 
-from typing import Any, List, Optional, Tuple
+from typing import Any, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,24 @@ from .library import Passes, operator_flops
 from .shifts import taps
 
 NUM_TENSORS = 10  # the arguments up to out_bias
+
+
+def rp_attention_layer(x: Tensor, params: Sequence[Optional[Tensor]],
+                       heads: int, hw_shape: Tuple[int, int], reduction: str,
+                       interact_residual: bool, scale: float) -> Tensor:
+    """Run the operator; arguments are checked by the caller.
+
+    Args:
+        x (Tensor): (B, N, C).
+        params (sequence[Tensor | None]): In the operator's order.
+        heads, hw_shape, reduction, interact_residual, scale: As for
+            :func:`mmrpa.ops.rp_attention_layer`.
+
+    Returns:
+        Tensor: (B, N, C).
+    """
+    return torch.ops.mmrpa.rp_attention_layer(
+        x, *params, heads, *hw_shape, reduction, interact_residual, scale)[0]
 
 
 def _weights(heads: int, qkv_weight: Tensor, qkv_bias: Optional[Tensor],
