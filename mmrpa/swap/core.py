@@ -114,6 +114,10 @@ def _plain_values(
 
 def _host(values: Mapping[str, Any]) -> str:
     scope = values.get('default_scope')
+    if scope is None:
+        raise SwapRefused(
+            'no default_scope', 'the config does not say which host it is '
+            f'for; add default_scope = {" or ".join(map(repr, HOSTS))}')
     if scope not in HOSTS:
         raise SwapError(f'default_scope={scope!r} names no host: it must be '
                         f'one of {", ".join(map(repr, HOSTS))}')

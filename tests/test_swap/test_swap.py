@@ -183,7 +183,9 @@ def test_refusals(path, reason):
      "no arch 'rp_swim_tiny'. Did you mean rp_swin_tiny"),
     (dict(default_scope='mmdet'), None, 'no arch None'),
     (dict(model=dict(backbone=dict(type='ResNet'))), 'rp_swin_tiny',
-     'default_scope=None names no host'),
+     'no default_scope: the config does not say'),
+    (dict(default_scope='mmfoo', model=dict(backbone=dict(type='ResNet'))),
+     'rp_swin_tiny', "default_scope='mmfoo' names no host"),
     (dict(default_scope='mmdet', model=dict(type='RPN')), 'rp_swin_tiny',
      'RPN has neither model.backbone'),
     (dict(default_scope='mmdet', model=dict(

@@ -18,8 +18,8 @@ _OF_DATASET = ('num_classes', 'class_weight', 'num_things_classes',
                'num_stuff_classes', 'size', 'test_cfg', 'img_size',
                'seg_pad_val')
 # Pixels: most models run on the small images; detectors that rank 900 tokens
-# of an image need the larger ones.
-SIDES = (128, 256)
+# of an image, or convolve maps of stride 128 deformably, need larger ones.
+SIDES = (128, 256, 512)
 
 
 def _folder(host: str) -> Path:
