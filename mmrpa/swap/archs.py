@@ -4,12 +4,11 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..backbones import RPPVT, RPCSWin, RPDeiT, RPSwin
+from ..weights.archs import known_archs
 from .report import SwapError, SwapRefused
 
-FAMILIES = dict(deit=RPDeiT, pvt=RPPVT, swin=RPSwin, cswin=RPCSWin)
-NAMES = tuple(f'rp_{family}_{size}' for family, cls in FAMILIES.items()
-              for size in cls.arch_zoo)
+_ARCHS = known_archs()
+NAMES = tuple(_ARCHS)
 # Stochastic depth, as in configs/: for dense tasks mmdet's 12 epochs need
 # less of it than mmseg's 160k iterations.
 _DROP_PATH = {
@@ -49,7 +48,12 @@ class Arch:
     @property
     def title(self) -> str:
         """The type and arch, for messages."""
-        return f'mmrpa.{FAMILIES[self.family].__name__} {self.size}'
+        return f'{self.type} {self.size}'
+
+    @property
+    def type(self) -> str:
+        """The type that a config names."""
+        return f'mmrpa.{_ARCHS[self.name][0].__name__}'
 
     def config(self, host: str, **options: object) -> dict:
         """The backbone's config, with what ``configs/`` sets for a host."""
@@ -59,8 +63,8 @@ class Arch:
             rate = _DROP_PATH_PVT[self.size]
         else:
             rate = 0.1
-        return dict(type=f'mmrpa.{FAMILIES[self.family].__name__}',
-                    arch=self.size, drop_path_rate=rate, **options)
+        return dict(type=self.type, arch=self.size, drop_path_rate=rate,
+                    **options)
 
     def blocks(self, count: int) -> tuple[int, ...]:
         """``count`` blocks of a plain backbone, evenly spaced, last one last.
@@ -106,8 +110,8 @@ def parse_arch(name: str) -> Arch:
         close = difflib.get_close_matches(plain, NAMES, n=2)
         hint = f' Did you mean {" or ".join(close)}?' if close else ''
         raise SwapError(f'no arch {name!r}.{hint} Archs: {", ".join(NAMES)}')
-    _, family, size = plain.split('_')
-    cls = FAMILIES[family]
+    cls, size = _ARCHS[plain]
+    family = plain.split('_')[1]
     zoo = cls.arch_zoo[size]
     if family == 'deit':
         channels = (zoo['embed_dims'], ) * zoo['depths']
