@@ -30,7 +30,7 @@ MARGIN = 0.08
 ROW = 1.05
 DPI = 300
 # Pixels of the longer side of a picture: more than a panel has at this DPI.
-PICTURE_SIDE = 720
+PICTURE_SIDE = 600
 # Heads of a row in a figure of all heads.
 HEADS_A_ROW = 8
 MEAN = 'mean'
