@@ -130,11 +130,11 @@ def _setup_context(ctx: Any, inputs: Tuple[Any, ...],
 
 
 def _autograd(ctx: Any, grad_out: Tensor, *_: Any) -> Tuple[Any, ...]:
+    saved = ctx.saved_tensors  # once: checkpointing recomputes them for it
     grads = iter(torch.ops.mmrpa.rp_attention_layer_backward(
-        grad_out, *ctx.saved_tensors, *ctx.options))
+        grad_out, *saved, *ctx.options))
     return (*(None if t is None else next(grads)
-              for t in ctx.saved_tensors[:NUM_TENSORS]),
-            *(None for _ in ctx.options))
+              for t in saved[:NUM_TENSORS]), *(None for _ in ctx.options))
 
 
 _layer.register_autograd(_autograd, setup_context=_setup_context)

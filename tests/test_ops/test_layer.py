@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from operands import assert_close, make_qkv_inputs, run
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmrpa.layers import RPAttention
@@ -315,6 +316,19 @@ def test_compiled_layer_equals_eager(calls):
             out.square().sum(), [x, *layer.parameters()])])
     torch.testing.assert_close(*results)
     torch.compiler.reset()
+
+
+def test_checkpointed_equals_kept():
+    tensors, grad = make_inputs(), torch.randn(2, 7, 8)
+    options = dict(num_heads=2, hw_shape=(2, 3))
+
+    def checkpointed(**tensors):
+        return checkpoint(rp_attention_layer, use_reentrant=False, **tensors,
+                          **options)
+
+    torch.testing.assert_close(
+        run(checkpointed, tensors, grad),
+        run(rp_attention_layer, tensors, grad, **options), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize('form', [{}, dict(weight='full', proj=True)],
