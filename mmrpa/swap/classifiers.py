@@ -116,7 +116,13 @@ def _fit_necks(necks: list[dict[str, Any]], arch: Arch,
             report.change(f'{key}.neck', 'pooling removed',
                           'the CLS token is the feature already')
         return kept
-    if any(type_name(neck) in _POOLING for neck in necks):
+    pools = [neck for neck in necks if type_name(neck) in _POOLING]
+    for neck in pools:
+        if neck.get('dim', 2) != 2:
+            del neck['dim']
+            report.change(f'{key}.neck.dim', 'removed',
+                          'the old backbone gave tokens, the new one maps')
+    if pools:
         return necks
     report.change(f'{key}.neck', 'GlobalAveragePooling added',
                   'the old backbone gave vectors, the new one maps')

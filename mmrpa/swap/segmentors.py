@@ -57,7 +57,10 @@ def fit_segmentor(model: dict[str, Any], old: Probe, arch: Arch, key: str,
     if isinstance(neck, dict) and type_name(neck) in _RESCALING_NECKS:
         return _fit_rescaled(model, neck, heads, old, arch, key, report)
     if isinstance(neck, dict):
-        return fit_detector(model, old, arch, key, report)
+        options = fit_detector(model, old, arch, key, report)
+        if type_name(neck) == 'JPU':
+            _fit_behind_jpu(neck, heads, report)
+        return options
     read = sorted({i for _, head in heads for i in _indices(head, old)})
     strides = [old.maps[i].stride for i in read]
     if None in strides:
@@ -159,6 +162,12 @@ def _point(head: dict[str, Any], where: Sequence[int],
         kind = tuple if isinstance(old, int) else type(old)
         head['in_channels'] = kind(widths[i] for i in where)
         head['in_index'] = kind(where)
+    if head.get('num_convs') == 0:
+        # Without convolutions the head's own width is that of its input.
+        width = head['in_channels']
+        head['channels'] = width if isinstance(width, int) else sum(width)
+        report.change(f'{key}.channels', str(head['channels']),
+                      'num_convs=0 hands the maps on as they are')
     what = f'{short(head["in_channels"])} for {short(old)}'
     if concat:
         head['input_transform'] = 'resize_concat'
@@ -232,6 +241,18 @@ def _fit_jpu(model: dict[str, Any], heads: list[tuple[str, dict[str, Any]]],
                          else max(stage - first, 0))
         _point(head, where, widths, head_key, report)
     return dict(out_indices=stages)
+
+
+def _fit_behind_jpu(neck: dict[str, Any],
+                    heads: list[tuple[str, dict[str, Any]]],
+                    report: Report) -> None:
+    """Heads that read what a JPU only hands on."""
+    handed_on = list(neck['in_channels'][:-1])
+    for head_key, head in heads:
+        index = head.get('in_index', -1)
+        if isinstance(index, int) and 0 <= index < len(handed_on):
+            widths = [*handed_on, head['in_channels']]
+            _point(head, [index], widths, head_key, report)
 
 
 def _fit_pyramid(heads: list[tuple[str, dict[str, Any]]], old: Probe,

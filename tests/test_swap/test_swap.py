@@ -278,3 +278,34 @@ def test_the_detector_inside_a_wrapper_is_swapped():
                            'rp_swin_tiny')
     assert cfg.model.teacher_ckpt.startswith('http')
     assert {'model.teacher_config', 'model.teacher_ckpt'} <= set(left)
+
+
+def test_heads_behind_a_jpu_that_read_what_it_hands_on():
+    cfg, *_ = changes(
+        'mmseg:fastfcn/fastfcn_r50-d32_jpu_psp_4xb2-80k_cityscapes-512x1024'
+        '.py', 'rp_pvt_tiny')
+    model = cfg.model
+    assert model.backbone.out_indices == (1, 2, 3)
+    assert model.neck.in_channels == (128, 320, 512)
+    # The joint map has four dilations of mid_channels, as before.
+    assert (model.decode_head.in_index, model.decode_head.in_channels) == (
+        2, 4 * model.neck.mid_channels)
+    assert (model.auxiliary_head.in_index,
+            model.auxiliary_head.in_channels) == (1, 320)
+
+
+def test_a_head_without_convolutions_is_as_wide_as_its_input():
+    cfg, *_ = changes(
+        'mmseg:segmenter/segmenter_vit-s_fcn_8xb1-160k_ade20k-512x512.py',
+        'rp_pvt_tiny')
+    head = cfg.model.decode_head
+    assert head.num_convs == 0
+    assert head.channels == head.in_channels == 320
+
+
+def test_pooling_of_tokens_becomes_pooling_of_maps():
+    cfg, changed, _ = changes(
+        'mmpretrain:mlp_mixer/mlp-mixer-base-p16_64xb64_in1k.py',
+        'rp_pvt_tiny')
+    assert cfg.model.neck == dict(type='GlobalAveragePooling')
+    assert 'tokens' in changed['model.neck.dim']

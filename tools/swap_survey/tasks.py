@@ -101,8 +101,8 @@ def run_swap_task(host: str, config: str, arch: str,
 def run_step_task(host: str, config: str, arch: str) -> dict[str, Any]:
     """Swap a config, write it, read it, and run a training step.
 
-    Where that fails, the config as its host ships it is run in the same way,
-    to know whether the swap is to blame.
+    Where that fails, the config as its host ships it is run in the same way.
+    If the same error comes of it the swap is not to blame: 'broken'.
     """
     from mmrpa.swap import swap, write_config
     from mmrpa.swap.writing import read_config
@@ -117,9 +117,9 @@ def run_step_task(host: str, config: str, arch: str) -> dict[str, Any]:
     result = _try_step(cfg)
     if result['outcome'] == 'failed':
         control = _try_step(original)
-        if control['outcome'] == 'failed':
+        result['error_before'] = control.get('error')
+        if result['error_before'] == result['error']:
             result['outcome'] = 'broken'
-            result['error_before'] = control['error']
     return dict(result, seconds=round(time.monotonic() - start, 1))
 
 
