@@ -19,6 +19,8 @@ _OWN_BACKBONES = dict(
     DetectoRS_ResNet='DetectoRS feeds its neck back into its backbone',
     DetectoRS_ResNeXt='DetectoRS feeds its neck back into its backbone')
 _LANGUAGE = ('language_model', 'text_encoder', 'text_backbone')
+# Necks that need all four maps, whatever start_level says.
+_INPUTS_BY_NUMBER = ('NASFCOS_FPN', )
 # The neck that makes a pyramid of one stride is mmseg's.
 PYRAMID_NECK = 'Feature2Pyramid'
 
@@ -123,6 +125,8 @@ def _levels(neck: dict[str, Any], old: Probe,
 
 def _read_range(neck: dict[str, Any], count: int) -> tuple[int, int]:
     """The part of its inputs that an FPN-like neck reads."""
+    if type_name(neck) in _INPUTS_BY_NUMBER:
+        return 0, count
     first = neck.get('start_level', 0)
     end = neck.get('end_level', -1)
     if end in (-1, count - 1):
@@ -138,7 +142,12 @@ def _set_neck(neck: dict[str, Any], channels: Sequence[int], key: str,
     report.change(f'{key}.in_channels', f'{neck["in_channels"]} for {old}',
                   'the channels of the new maps')
     first = neck.get('start_level', 0)
-    if first:
+    if first and type_name(neck) in _INPUTS_BY_NUMBER:
+        report.leave(f'{key}.start_level', f'{first}, kept: {type_name(neck)} '
+                     'knows its inputs by their numbers. The norms of the '
+                     'maps before get no gradient, so distributed training '
+                     'needs find_unused_parameters=True')
+    elif first:
         neck['start_level'] = 0
         report.change(f'{key}.start_level', f'0 for {first}',
                       'the backbone no longer makes maps that nobody reads: '

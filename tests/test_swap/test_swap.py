@@ -309,3 +309,14 @@ def test_pooling_of_tokens_becomes_pooling_of_maps():
         'rp_pvt_tiny')
     assert cfg.model.neck == dict(type='GlobalAveragePooling')
     assert 'tokens' in changed['model.neck.dim']
+
+
+def test_a_neck_that_knows_its_inputs_by_number_gets_them_all():
+    cfg, changed, left = changes(
+        'mmdet:nas_fcos/nas-fcos_r50-caffe_fpn_fcoshead-gn-head_4xb4-1x_coco'
+        '.py', 'rp_pvt_tiny')
+    assert cfg.model.backbone.out_indices == (0, 1, 2, 3)
+    assert cfg.model.neck.in_channels == [64, 128, 320, 512]
+    assert cfg.model.neck.start_level == 1
+    assert 'find_unused_parameters' in left['model.neck.start_level']
+    assert 'model.neck.start_level' not in changed
