@@ -155,6 +155,8 @@ def _without_checkpoints(node: Any) -> None:
             del node['init_cfg']
         if node.get('teacher_ckpt'):
             node['teacher_ckpt'] = None
+        if isinstance(node.get('pretrained'), str):
+            node['pretrained'] = None
         node = node.values()
     elif not isinstance(node, (list, tuple)):
         return

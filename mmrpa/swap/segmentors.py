@@ -231,8 +231,7 @@ def _fit_jpu(model: dict[str, Any], heads: list[tuple[str, dict[str, Any]]],
                   "heads read deep maps of the old backbone's dilated stride "
                   f'{old.maps[deep].stride}; FastFCN makes such a map of a '
                   'backbone without dilation')
-    # JPU hands on all of its inputs but the last, then the joint map.
-    widths = [*(arch.channels[i] for i in stages[:-1]), 4 * middle]
+    widths = _jpu_widths(model['neck'])
     for head_key, head in heads:
         where = []
         for i in _indices(head, old):
@@ -243,16 +242,20 @@ def _fit_jpu(model: dict[str, Any], heads: list[tuple[str, dict[str, Any]]],
     return dict(out_indices=stages)
 
 
+def _jpu_widths(neck: dict[str, Any]) -> list[int]:
+    """JPU hands on all of its inputs but the last, then the joint map."""
+    inputs = neck['in_channels'][neck.get('start_level', 0):]
+    joint = len(neck.get('dilations', (1, 2, 4, 8))) * neck['mid_channels']
+    return [*inputs[:-1], joint]
+
+
 def _fit_behind_jpu(neck: dict[str, Any],
                     heads: list[tuple[str, dict[str, Any]]],
                     report: Report) -> None:
-    """Heads that read what a JPU only hands on."""
-    handed_on = list(neck['in_channels'][:-1])
+    """Heads that read what a JPU hands on, or its joint map."""
+    widths = _jpu_widths(neck)
     for head_key, head in heads:
-        index = head.get('in_index', -1)
-        if isinstance(index, int) and 0 <= index < len(handed_on):
-            widths = [*handed_on, head['in_channels']]
-            _point(head, [index], widths, head_key, report)
+        _point(head, _given(head, len(widths)), widths, head_key, report)
 
 
 def _fit_pyramid(heads: list[tuple[str, dict[str, Any]]], old: Probe,

@@ -25,9 +25,16 @@ def make_batch(cfg: Mapping[str, Any], side: int) -> dict[str, Any]:
     Returns:
         dict: ``inputs`` and ``data_samples``, for the data preprocessor.
     """
-    make = dict(mmdet=_detection, mmseg=_segmentation,
-                mmpretrain=_classification)[cfg['default_scope']]
-    return make(cfg['model'], _num_channels(cfg), side)
+    model, channels = cfg['model'], _num_channels(cfg)
+    if cfg['default_scope'] == 'mmseg':
+        return _segmentation(model, channels, side)
+    if cfg['default_scope'] == 'mmpretrain':
+        return _classification(model, channels, side)
+    loaders = [node for node in _walk(cfg.get('train_dataloader'))
+               if 'LoadAnnotations' in type_name(node)]
+    # Some assigners do without masks only where there are none.
+    masks = not loaders or any(node.get('with_mask') for node in loaders)
+    return _detection(model, channels, side, masks)
 
 
 def _num_channels(cfg: Mapping[str, Any]) -> int:
@@ -60,8 +67,8 @@ def _images(channels: int, side: int, count: int = _BATCH) -> list:
             for _ in range(count)]
 
 
-def _detection(model: Mapping[str, Any], channels: int,
-               side: int) -> dict[str, Any]:
+def _detection(model: Mapping[str, Any], channels: int, side: int,
+               masks: bool) -> dict[str, Any]:
     kind = type_name(model)
     if kind == 'BaseReID':
         return _reid(channels)
@@ -69,20 +76,19 @@ def _detection(model: Mapping[str, Any], channels: int,
         return _video(model, side)
     batch = dict(
         inputs=_images(channels, side),
-        data_samples=[_objects(model, side) for _ in range(_BATCH)])
+        data_samples=[_objects(model, side, masks) for _ in range(_BATCH)])
     if kind != 'SoftTeacher':
         return batch
     branches = ('sup', 'unsup_teacher', 'unsup_student')
-    # One image a branch; the loader leaves None where a branch has no image.
     return dict(
         inputs={name: _images(channels, side) for name in branches},
         data_samples={
-            name: [_objects(model, side) for _ in range(_BATCH)]
+            name: [_objects(model, side, masks) for _ in range(_BATCH)]
             for name in branches
         })
 
 
-def _objects(model: Mapping[str, Any], side: int) -> Any:
+def _objects(model: Mapping[str, Any], side: int, with_masks: bool) -> Any:
     """An mmdet sample with boxes, masks, a label map and proposals."""
     from mmdet.structures import DetDataSample
     from mmdet.structures.mask import BitmapMasks
@@ -96,12 +102,13 @@ def _objects(model: Mapping[str, Any], side: int) -> Any:
     for mask, (x1, y1, x2, y2) in zip(masks, corners.int().tolist(),
                                       strict=True):
         mask[y1:y2, x1:x2] = 1
-    sample.gt_instances = InstanceData(
-        bboxes=corners, masks=BitmapMasks(masks, side, side),
-        labels=torch.randint(0, _num_classes(model), (len(corners), )))
+    labels = torch.randint(0, _num_classes(model), (len(corners), ))
+    sample.gt_instances = InstanceData(bboxes=corners, labels=labels)
     sample.ignored_instances = InstanceData(
-        bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long),
-        masks=BitmapMasks(masks[:0], side, side))
+        bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))
+    if with_masks:
+        sample.gt_instances.masks = BitmapMasks(masks, side, side)
+        sample.ignored_instances.masks = BitmapMasks(masks[:0], side, side)
     # HTC's loader gives the label map at an eighth of the image.
     cell = 8 if any('semantic_head' in n and 'fusion_level' in str(
         n['semantic_head']) for n in _walk(model)) else 1

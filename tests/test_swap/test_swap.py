@@ -292,6 +292,11 @@ def test_heads_behind_a_jpu_that_read_what_it_hands_on():
         2, 4 * model.neck.mid_channels)
     assert (model.auxiliary_head.in_index,
             model.auxiliary_head.in_channels) == (1, 320)
+    # EncHead reads all three.
+    cfg, *_ = changes(
+        'mmseg:fastfcn/fastfcn_r50-d32_jpu_enc_4xb2-80k_cityscapes-512x1024'
+        '.py', 'rp_pvt_tiny')
+    assert cfg.model.decode_head.in_channels == [128, 320, 2048]
 
 
 def test_a_head_without_convolutions_is_as_wide_as_its_input():
