@@ -42,7 +42,11 @@ two Linear layers), `dense` (torch's scaled_dot_product_attention),
 channels), `window` (Swin's, 7 x 7, shifted) and `agent` (attention through
 pooled agents, on the smallest square grid of at least M). Peers of the
 backbones: `own` (the same class with its family's attention), `mmdet` and
-`timm` (those libraries' models; timm has no PVT v1)."""
+`timm` (those libraries' models; timm has no PVT v1).
+
+The tables are of commit 066f599. What came later to the CPU, the layer in one
+operator (below), the convolution by shifts and the FFN in pieces, is not in
+them yet: running the commands again gives other figures."""
 # Prose on the rule; the table below it is asked from mmrpa.ops.choose_impl.
 AUTO_RULE = """By device, dtype and sizes, and by nothing else: `'triton'` on
 CUDA where its kernels take the case (float32, bfloat16 or float16, 16 to 128
