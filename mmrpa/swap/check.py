@@ -63,6 +63,7 @@ def run_step(cfg: Config, side: int = 128, weights: bool = True) -> Step:
     if 'data_preprocessor' in values:
         model_cfg.setdefault('data_preprocessor', values['data_preprocessor'])
     shrink(model_cfg, side)
+    _use_plain_bn(model_cfg)
     if not weights:
         _without_checkpoints(model_cfg)
     scope = values['default_scope']
@@ -146,6 +147,21 @@ def _preprocessors(model: Mapping[str, Any]) -> list[dict[str, Any]]:
             found.append(part)
             part = part.get('data_preprocessor')
     return found
+
+
+def _use_plain_bn(node: Any) -> None:
+    """BN for mmcv's synchronised one, which one process cannot build.
+
+    torch's is reverted after building, as by mmengine's Runner.
+    """
+    if isinstance(node, dict):
+        if node.get('type') == 'MMSyncBN':
+            node['type'] = 'BN'
+        node = node.values()
+    elif not isinstance(node, (list, tuple)):
+        return
+    for child in node:
+        _use_plain_bn(child)
 
 
 def _without_checkpoints(node: Any) -> None:

@@ -55,6 +55,13 @@ def test_faults_are_found():
         run_step(cfg, 64)
 
 
+def test_synchronised_norms_run_in_one_process():
+    cfg = swapped('mmdet')
+    cfg.model.neck.norm_cfg = dict(type='MMSyncBN')
+    assert run_step(cfg, 64).loss > 0
+    assert cfg.model.neck.norm_cfg.type == 'MMSyncBN'
+
+
 def test_checkpoints_are_loaded_unless_told_otherwise(tmp_path):
     cfg = swapped('mmdet')
     cfg.model.backbone.init_cfg = dict(
