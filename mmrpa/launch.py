@@ -55,10 +55,17 @@ def run(name: str, doc: str, argv: Sequence[str]) -> None:
     if asks_help or _local_rank() == 0:
         print(f'mmrpa: {args.config} is run by {script}', flush=True)
     sys.argv = [str(script), *host_argv]
-    if cpu_timeout is not None:
-        _run_on_cpu(script, cpu_timeout)
-    else:
-        runpy.run_path(str(script), run_name='__main__')
+    from mmrpa.safe_loading import forbid_unsafe, use_safe_reader
+    from mmrpa.weights.files import CheckpointError
+    use_safe_reader()
+    forbid_unsafe()
+    try:
+        if cpu_timeout is not None:
+            _run_on_cpu(script, cpu_timeout)
+        else:
+            runpy.run_path(str(script), run_name='__main__')
+    except CheckpointError as error:
+        _stop(f'{name}.py: error: {error}')
 
 
 def _parse(name: str, doc: str, argv: Sequence[str]) -> argparse.Namespace:

@@ -13,6 +13,7 @@ import pickle
 import re
 import struct
 import tempfile
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, Iterator, Mapping, Optional, Tuple, Union
@@ -30,6 +31,11 @@ META_KEY = 'mmrpa'
 # What a damaged stream makes torch's unpickler raise, besides its own errors.
 _BROKEN = (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError,
            AttributeError, AssertionError, OverflowError, struct.error)
+_ZIP_START = b'PK\x03\x04'
+# What a damaged archive makes Python's zipfile raise: a changed byte may turn
+# a record into an encrypted or a compressed one, or an offset into nonsense.
+_BROKEN_ZIP = (zipfile.BadZipFile, NotImplementedError, RuntimeError,
+               EOFError, ValueError, OverflowError, struct.error)
 
 
 class CheckpointError(ValueError):
@@ -98,7 +104,7 @@ def read_checkpoint(path: Union[str, Path],
             that are not safe to load.
     """
     with _local(path) as local:
-        kind = _kind(local, str(path))
+        kind = file_kind(local, str(path))
         content = (_read_safetensors(local, str(path)) if kind == SAFETENSORS
                    else _read_pickle(local, str(path)))
     if isinstance(content, Checkpoint):
@@ -170,6 +176,39 @@ def check_output(path: Union[str, Path]) -> Path:
     return path
 
 
+def check_archive(path: Union[str, Path], name: str = '') -> None:
+    """Check a file of ``torch.save`` against the checksums that it holds.
+
+    ``torch.save`` writes a zip archive with a CRC-32 of each record, but
+    ``torch.load`` does not compare them: tensors with changed bytes are
+    loaded as they are. Files of torch before 1.6 have no checksums; of them
+    nothing is checked.
+
+    Args:
+        path (str | Path): A file on this machine.
+        name (str): What to call it in the error; the path by default.
+
+    Raises:
+        CheckpointError: The file is cut short, or bytes in it have changed.
+    """
+    name = name or str(path)
+    with open(path, 'rb') as file:
+        if file.read(4) != _ZIP_START:
+            return
+        try:
+            with zipfile.ZipFile(file) as archive:
+                record = archive.testzip()
+        except _BROKEN_ZIP as error:
+            record = None
+            reason = f'cut short or overwritten ({error})'
+        else:
+            reason = f'the bytes of {record} do not fit their checksum'
+            if record is None:
+                return
+    raise CheckpointError(f'{name} is damaged: {reason}; use another '
+                          'checkpoint, or copy or download it again')
+
+
 @contextlib.contextmanager
 def _local(path: Union[str, Path]) -> Iterator[str]:
     """The file itself, or for an address a copy of it."""
@@ -192,8 +231,19 @@ def _local(path: Union[str, Path]) -> Iterator[str]:
     yield str(path)
 
 
-def _kind(local: str, name: str) -> str:
-    """``'.safetensors'`` or ``'.pth'``, from what the file starts with."""
+def file_kind(local: str, name: str) -> str:
+    """Tell the two formats apart by what a file starts with.
+
+    Args:
+        local (str): A file on this machine.
+        name (str): What to call it in the error.
+
+    Returns:
+        str: ``'.safetensors'`` or ``'.pth'``.
+
+    Raises:
+        CheckpointError: It is a web page, a pointer, an archive or empty.
+    """
     with open(local, 'rb') as file:
         start = file.read(512)
     text = start.lstrip().lower()
@@ -243,9 +293,25 @@ def _safetensors():
 
 
 def _read_pickle(local: str, name: str) -> Any:
+    check_archive(local, name)
+    with explained(name), _stand_ins():
+        return torch.load(local, map_location='cpu', weights_only=True)
+
+
+@contextlib.contextmanager
+def explained(name: str) -> Iterator[None]:
+    """Turn what ``torch.load`` raises into one sentence on a file.
+
+    Args:
+        name (str): What to call the file.
+
+    Raises:
+        CheckpointError: For whatever a damaged or unsafe file causes.
+    """
     try:
-        with _stand_ins():
-            return torch.load(local, map_location='cpu', weights_only=True)
+        yield
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(_explain(str(error), name)) from None
     except _BROKEN as error:
@@ -265,7 +331,7 @@ def _read_pickle(local: str, name: str) -> Any:
 def _stand_ins() -> Iterator[None]:
     """Let the unpickler of torch see stand-ins, where torch can (2.6)."""
     names = [(_Inert, name) for name in _STAND_INS]
-    if _torch_version() < (2, 6):
+    if torch_version() < (2, 6):
         yield
         return
     # numpy 2 gives each dtype a class of its own.
@@ -276,7 +342,8 @@ def _stand_ins() -> Iterator[None]:
         yield
 
 
-def _torch_version() -> Tuple[int, int]:
+def torch_version() -> Tuple[int, int]:
+    """Major and minor version of torch."""
     major, minor = re.match(r'(\d+)\.(\d+)', torch.__version__).groups()
     return int(major), int(minor)
 
@@ -291,7 +358,7 @@ def _explain(error: str, name: str) -> str:
                 f'{f" ({reason[1].strip()})" if reason else ""}; download or '
                 'copy it again')
     what = next(text for text in found.groups() if text)
-    old = ('' if _torch_version() >= (2, 6) else
+    old = ('' if torch_version() >= (2, 6) else
            ' torch 2.6 or later can skip some of it;')
     return (f'{name} holds more than weights: loading it would run {what}, '
             f'so it was refused;{old} ask its author for the tensors alone '

@@ -1,0 +1,180 @@
+"""How our tools and hooks read checkpoints: no code is run, no noise is read.
+
+mmengine reads checkpoints for ``load_from``, ``--resume`` and ``init_cfg``
+with ``torch.load``; where that refuses a file, mmengine 0.10.12 of the forks
+reads it again without any protection, and 0.10.7 has no protection at all
+before torch 2.6. Neither notices changed bytes. :func:`use_safe_reader` puts
+:func:`read_training_checkpoint` in their place, and :func:`forbid_unsafe`
+closes what other ways there are.
+"""
+
+import contextlib
+import importlib
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+
+from .weights.files import (
+    SAFETENSORS,
+    check_archive,
+    explained,
+    file_kind,
+    read_checkpoint,
+    torch_version,
+)
+
+_FORBID = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
+_ALLOW = 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
+_STATISTICS = ('min', 'max', 'mean', 'current')
+# What mmengine's checkpoints hold beside tensors and plain containers: the
+# history of the losses, best scores (numpy), metadata of datasets. Calling
+# them makes values and does nothing else.
+_DATA_TYPES = (('builtins', 'slice'), ('datetime', 'datetime'),
+               ('datetime', 'date'), ('datetime', 'timedelta'),
+               ('datetime', 'timezone'), ('pathlib', 'PosixPath'),
+               ('mmengine.logging.history_buffer', 'HistoryBuffer'),
+               ('mmengine.config.config', 'ConfigDict'),
+               ('numpy', 'ndarray'), ('numpy', 'dtype'))
+_DTYPES = ('bool', 'int8', 'int16', 'int32', 'int64', 'uint8', 'uint16',
+           'uint32', 'uint64', 'float16', 'float32', 'float64', 'complex64',
+           'complex128', 'object', 'str', 'bytes')
+
+
+def read_training_checkpoint(
+        path: str | Path,
+        map_location: str | torch.device | Callable | None = None) -> Any:
+    """Read a whole checkpoint: weights, optimiser, message hub and all.
+
+    Beside tensors and plain containers, mmengine's ``HistoryBuffer`` and
+    ``ConfigDict``, numpy arrays and scalars, dates and paths are built.
+
+    Args:
+        path (str | Path): A ``.pth`` file on this machine, or a
+            ``.safetensors`` file, which has weights only.
+        map_location (str | torch.device | callable, optional): As for
+            ``torch.load``.
+
+    Returns:
+        Any: What was saved, a dictionary as a rule.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        CheckpointError: (a ValueError) The file is damaged, or loading it
+            would run code. The message names the file and what to do.
+    """
+    path = os.path.expanduser(path)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f'checkpoint {path!r} does not exist (working '
+                                f'directory {os.getcwd()})')
+    if file_kind(path, path) == SAFETENSORS:
+        return read_checkpoint(path).state_dict
+    check_archive(path)
+    with explained(path), _data_types():
+        return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def use_safe_reader() -> None:
+    """Let mmengine read local files and http addresses by the above.
+
+    That is what ``load_from``, ``--resume``, ``init_cfg`` and
+    ``mmengine.runner.load_checkpoint`` of this process then use. It may be
+    called again.
+    """
+    from mmengine.runner import CheckpointLoader, checkpoint
+    CheckpointLoader.register_scheme('', load_from_local, force=True)
+    CheckpointLoader.register_scheme(
+        ('http://', 'https://'), load_from_http, force=True)
+    # The loaders of torchvision:// and the like call it by this name.
+    checkpoint.load_from_http = load_from_http
+
+
+def forbid_unsafe() -> None:
+    """Make ``torch.load`` of this process and its children refuse code.
+
+    Whatever ``weights_only`` a host or a library asks for: this is torch's
+    own switch, TORCH_FORCE_WEIGHTS_ONLY_LOAD. Its opposite, if the user has
+    set that, is taken out of the environment.
+    """
+    os.environ.pop(_ALLOW, None)  # torch refuses to read with both
+    os.environ[_FORBID] = '1'
+
+
+# mmengine logs a loader's name from the eleventh letter on.
+def load_from_local(filename: str, map_location: Any = None) -> Any:
+    """mmengine's loader of files: :func:`read_training_checkpoint`."""
+    return read_training_checkpoint(filename, map_location)
+
+
+def load_from_http(filename: str, map_location: Any = None,
+                   model_dir: str | None = None,
+                   progress: bool = True) -> Any:
+    """mmengine's loader of web addresses.
+
+    The file is kept where ``torch.hub`` keeps it; the first process fetches
+    it, the others wait.
+
+    Args:
+        filename (str): The address.
+        map_location: As for ``torch.load``.
+        model_dir (str, optional): The folder to keep it in.
+        progress (bool): Show a progress bar.
+    """
+    from mmengine.dist import barrier, get_rank
+    folder = Path(model_dir or Path(torch.hub.get_dir(), 'checkpoints'))
+    path = folder / os.path.basename(urlparse(filename).path)
+    for turn in (True, False):
+        if turn == (get_rank() == 0) and not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(
+                filename, str(path), progress=progress)
+        if turn:
+            barrier()
+    return read_training_checkpoint(path, map_location)
+
+
+@contextlib.contextmanager
+def _data_types() -> Iterator[None]:
+    """Let torch's restricted unpickler build the types listed above."""
+    if torch_version() < (2, 6):
+        yield  # torch takes no names, and the error says what it refused
+        return
+    allowed = [(_statistic, 'builtins.getattr'), *_numpy_parts()]
+    for module, name in _DATA_TYPES:
+        with contextlib.suppress(ModuleNotFoundError):
+            value = getattr(importlib.import_module(module), name)
+            allowed.append((value, f'{module}.{name}'))
+    with torch.serialization.safe_globals(allowed):
+        yield
+
+
+def _statistic(owner: type, name: str) -> Callable:
+    """A statistic of HistoryBuffer, which it pickles as a ``getattr``.
+
+    The real ``getattr`` would hand out whatever hangs on an allowed class.
+    """
+    from mmengine.logging import HistoryBuffer
+    known = {*_STATISTICS, *HistoryBuffer._statistics_methods}
+    if owner is not HistoryBuffer or name not in known:
+        raise pickle.UnpicklingError(
+            f'GLOBAL builtins.getattr of {name!r} is not allowed')
+    return getattr(owner, name)
+
+
+def _numpy_parts() -> list[tuple[Any, str]]:
+    """What numpy's pickles call, by the names of numpy 1 and of numpy 2."""
+    import numpy
+    core = importlib.import_module(
+        'numpy._core.multiarray' if hasattr(numpy, '_core') else
+        'numpy.core.multiarray')
+    parts = [(getattr(core, name), f'numpy.{place}.multiarray.{name}')
+             for name in ('_reconstruct', 'scalar')
+             for place in ('core', '_core')]
+    # numpy 2 gives each dtype a class of its own.
+    classes = {type(numpy.dtype(name)) for name in _DTYPES}
+    return parts + [(cls, f'{cls.__module__}.{cls.__qualname__}')
+                    for cls in classes]
