@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
+from mmrpa.cpu_amp import amp_on_cpu
 from mmrpa.preflight import ConfigError, MissingPathError, check_config
 
 HOSTS = ('mmdet', 'mmseg', 'mmpretrain')
@@ -97,6 +98,7 @@ def _parse(name: str, doc: str, argv: Sequence[str]) -> argparse.Namespace:
         parser.add_argument(position)
     parser.add_argument('--cfg-options', nargs='+', action=DictAction)
     parser.add_argument('--launcher', default='none')
+    parser.add_argument('--amp', action='store_true')
     parser.add_argument('--auto-scale-lr', action='store_true')
     parser.add_argument('--no-validate', action='store_true')
     # Our own flags are not the parser's: it would take the abbreviation
@@ -125,6 +127,8 @@ def _prepare(name: str, args: argparse.Namespace, argv: Sequence[str],
         check_checkpoint(args.checkpoint)
     if args.auto_scale_lr:
         host_argv = _scale_lr(cfg, scope, host_argv)
+    if name == 'train':
+        host_argv = amp_on_cpu(cfg, args.amp, host_argv)
     cpu_timeout = None
     if args.launcher != 'none':
         options = _cpu_options(cfg, args.launcher)

@@ -1,5 +1,6 @@
 """Optimiser settings for RPAttention backbones."""
 
+from .amp import CPUAmpOptimWrapper
 from .layer_decay import LayerDecayOptimWrapperConstructor
 
-__all__ = ['LayerDecayOptimWrapperConstructor']
+__all__ = ['CPUAmpOptimWrapper', 'LayerDecayOptimWrapperConstructor']

@@ -31,6 +31,7 @@ def call(tmp_path, monkeypatch):
     monkeypatch.setenv('RECORD', str(record))
     monkeypatch.setattr(launch, '_tools_folder', lambda host: folder)
     monkeypatch.setattr(sys, 'argv', ['pytest'])
+    monkeypatch.setattr('mmengine.device.get_device', lambda: 'cuda')
     for name in ('RANK', 'LOCAL_RANK', 'SLURM_LOCALID'):
         monkeypatch.delenv(name, raising=False)
 
@@ -229,7 +230,7 @@ def test_cpu_wrapper_is_as_the_runner_makes_it(unused, call, cpu,
     ]
 
 
-def test_cpu_keeps_a_wrapper_of_the_config(cpu, call, write_config,
+def test_cpu_keeps_a_wrapper_of_the_config(call, cpu, write_config,
                                            monkeypatch):
     config = write_config(
         bare('mmdet', model_wrapper_cfg=dict(static_graph=True)))
@@ -297,3 +298,37 @@ def test_mmrpa_not_installed(tool, tmp_path):
     assert done.returncode == 1
     assert 'pip install -e .' in done.stderr
     assert 'Traceback' not in done.stderr
+
+
+WRAPPER = 'optim_wrapper.type=mmrpa.CPUAmpOptimWrapper'
+
+
+@pytest.mark.parametrize(('flags', 'wrapper'), [
+    (['--amp'], dict(type='OptimWrapper')),
+    (['--am'], dict(dtype='float16')),
+    ([], dict(type='AmpOptimWrapper')),
+    (['--amp', '--cfg-options', 'optim_wrapper.dtype=float16'], dict()),
+])
+def test_amp_without_gpu_takes_our_wrapper(flags, wrapper, call, write_config,
+                                           monkeypatch):
+    monkeypatch.setattr('mmengine.device.get_device', lambda: 'cpu')
+    config = write_config(bare('mmdet', optim_wrapper=wrapper))
+    kept = [flag for flag in flags if not flag.startswith('--am')]
+    assert call('train', config, *flags) == [
+        str(config), *kept, '--cfg-options', WRAPPER]
+
+
+def test_amp_on_a_gpu_is_the_hosts(call, write_config):
+    config = write_config(bare('mmdet', optim_wrapper=dict(dtype='float64')))
+    assert call('train', config, '--amp') == [str(config), '--amp']
+
+
+@pytest.mark.parametrize(('wrapper', 'message'), [
+    (dict(type='ApexOptimWrapper'), "OptimWrapper, got 'ApexOptimWrapper'"),
+    (dict(dtype='float32'), 'optim_wrapper.dtype must be one of'),
+])
+def test_amp_without_gpu_refuses(wrapper, message, call, capsys, write_config,
+                                 monkeypatch):
+    monkeypatch.setattr('mmengine.device.get_device', lambda: 'cpu')
+    config = write_config(bare('mmdet', optim_wrapper=wrapper))
+    assert message in fails(call, capsys, 'train', config, '--amp')
