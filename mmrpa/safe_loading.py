@@ -10,8 +10,10 @@ closes what other ways there are.
 
 import contextlib
 import importlib
+import logging
 import os
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ import torch
 
 from .weights.files import (
     SAFETENSORS,
+    CheckpointError,
     check_archive,
     explained,
     file_kind,
@@ -28,6 +31,7 @@ from .weights.files import (
     torch_version,
 )
 
+_STEP_NAME = re.compile(r'(epoch|iter)_(\d+)\.pth')
 _FORBID = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
 _ALLOW = 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
 _STATISTICS = ('min', 'max', 'mean', 'current')
@@ -43,6 +47,10 @@ _DATA_TYPES = (('builtins', 'slice'), ('datetime', 'datetime'),
 _DTYPES = ('bool', 'int8', 'int16', 'int32', 'int64', 'uint8', 'uint16',
            'uint32', 'uint64', 'float16', 'float32', 'float64', 'complex64',
            'complex128', 'object', 'str', 'bytes')
+
+
+class CheckpointSaveError(OSError):
+    """A checkpoint that could not be written; the former one is intact."""
 
 
 def read_training_checkpoint(
@@ -79,18 +87,27 @@ def read_training_checkpoint(
 
 
 def use_safe_reader() -> None:
-    """Let mmengine read local files and http addresses by the above.
+    """Let mmengine read files and http addresses by the above.
 
     That is what ``load_from``, ``--resume``, ``init_cfg`` and
-    ``mmengine.runner.load_checkpoint`` of this process then use. It may be
+    ``mmengine.runner.load_checkpoint`` of this process then use; a resume
+    without a file looks for it by :func:`newest_good_checkpoint`. It may be
     called again.
     """
-    from mmengine.runner import CheckpointLoader, checkpoint
+    from mmengine.runner import (
+        CheckpointLoader,
+        _flexible_runner,
+        checkpoint,
+        runner,
+    )
     CheckpointLoader.register_scheme('', load_from_local, force=True)
     CheckpointLoader.register_scheme(
         ('http://', 'https://'), load_from_http, force=True)
     # The loaders of torchvision:// and the like call it by this name.
     checkpoint.load_from_http = load_from_http
+    # The runners look by this name for what ``resume`` goes on from.
+    for module in (checkpoint, runner, _flexible_runner):
+        module.find_latest_checkpoint = newest_good_checkpoint
 
 
 def forbid_unsafe() -> None:
@@ -102,6 +119,108 @@ def forbid_unsafe() -> None:
     """
     os.environ.pop(_ALLOW, None)  # torch refuses to read with both
     os.environ[_FORBID] = '1'
+
+
+def newest_good_checkpoint(path: str) -> str | None:
+    """Find what a training goes on from: the newest checkpoint that is whole.
+
+    That is the one which ``last_checkpoint`` names. If it is damaged, the
+    newest before it is taken that is not, and a warning names both. All
+    processes get the answer of the first.
+
+    Args:
+        path (str): The working directory of the training.
+
+    Returns:
+        str | None: A file, or None if there is no checkpoint at all.
+
+    Raises:
+        CheckpointError: All that there are are damaged.
+    """
+    from mmengine.dist import broadcast_object_list, is_main_process
+    answer: list[str | None] = [None, None]
+    if is_main_process():
+        try:
+            answer[0] = _newest_good(Path(path))
+        except CheckpointError as error:  # nobody must be left waiting
+            answer[1] = str(error)
+    broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise CheckpointError(answer[1])
+    return answer[0]
+
+
+def _newest_good(work_dir: Path) -> str | None:
+    from mmengine.logging import print_log
+
+    def warn(text: str) -> None:
+        print_log(text, logger='current', level=logging.WARNING)
+
+    problems = []
+    for candidate in _candidates(work_dir):
+        problem = _find_damage(candidate)
+        if problem is None:
+            if problems:
+                warn(f'{candidate} is the newest checkpoint before it that is '
+                     'whole: the training goes on from there')
+            return candidate
+        warn(problem)
+        problems.append(problem)
+    if problems:
+        raise CheckpointError(
+            f'no checkpoint in {work_dir} is whole: {"; ".join(problems)}. '
+            'Name another one (--resume FILE), or start anew in another '
+            '--work-dir')
+    warn(f'there is no checkpoint in {work_dir}: the training starts from '
+         'its beginning')
+    return None
+
+
+def _candidates(work_dir: Path) -> list[str]:
+    """Checkpoints to go on from, the best first."""
+    try:
+        named = (work_dir / 'last_checkpoint').read_text(
+            encoding='utf-8', errors='replace').strip()
+    except OSError:
+        named = ''
+    if '://' in named:
+        return [named]
+    # The folder may have been moved since.
+    last = next((path for path in (Path(named), work_dir / Path(named).name)
+                 if named and path.exists()), None)
+    folder = work_dir if last is None else last.parent
+    others = [path for path in folder.glob('*.pth')
+              if _STEP_NAME.fullmatch(path.name)]
+    if last is None:
+        # Its name was lost, or it was removed.
+        others.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
+        return [str(path) for path in others]
+    found = _STEP_NAME.fullmatch(last.name)
+    # A higher number is of another, earlier training in this folder.
+    before = [path for path in others
+              if found and path.name.startswith(found[1])
+              and _step(path) < _step(last)]
+    return [str(last), *map(str, sorted(before, key=_step, reverse=True))]
+
+
+def _step(path: Path) -> int:
+    return int(_STEP_NAME.fullmatch(path.name)[2])
+
+
+def _find_damage(path: str) -> str | None:
+    """Why a checkpoint of a training cannot be used, None if it can."""
+    if '://' in path or os.path.isdir(path):  # a store's, DeepSpeed's
+        return None
+    try:
+        if file_kind(path, path) == SAFETENSORS:
+            return f'{path} has weights only'
+        check_archive(path)
+        with open(path, 'rb') as file:
+            if file.read(2) != b'PK':
+                return f'{path} is damaged: it does not begin as a checkpoint'
+    except CheckpointError as error:
+        return str(error)
+    return None
 
 
 # mmengine logs a loader's name from the eleventh letter on.
