@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from mmrpa.cpu_amp import amp_on_cpu
+from mmrpa.elastic import restart_flags
 from mmrpa.preflight import ConfigError, MissingPathError, check_config
 
 HOSTS = ('mmdet', 'mmseg', 'mmpretrain')
@@ -56,7 +57,11 @@ def run(name: str, doc: str, argv: Sequence[str]) -> None:
     if asks_help or _local_rank() == 0:
         print(f'mmrpa: {args.config} is run by {script}', flush=True)
     sys.argv = [str(script), *host_argv]
-    from mmrpa.safe_loading import forbid_unsafe, use_safe_reader
+    from mmrpa.safe_loading import (
+        CheckpointSaveError,
+        forbid_unsafe,
+        use_safe_reader,
+    )
     from mmrpa.weights.files import CheckpointError
     use_safe_reader()
     forbid_unsafe()
@@ -65,7 +70,7 @@ def run(name: str, doc: str, argv: Sequence[str]) -> None:
             _run_on_cpu(script, cpu_timeout)
         else:
             runpy.run_path(str(script), run_name='__main__')
-    except CheckpointError as error:
+    except (CheckpointError, CheckpointSaveError) as error:
         _stop(f'{name}.py: error: {error}')
 
 
@@ -99,6 +104,7 @@ def _parse(name: str, doc: str, argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument('--cfg-options', nargs='+', action=DictAction)
     parser.add_argument('--launcher', default='none')
     parser.add_argument('--amp', action='store_true')
+    parser.add_argument('--work-dir')
     parser.add_argument('--auto-scale-lr', action='store_true')
     parser.add_argument('--no-validate', action='store_true')
     # Our own flags are not the parser's: it would take the abbreviation
@@ -125,6 +131,11 @@ def _prepare(name: str, args: argparse.Namespace, argv: Sequence[str],
         return script, host_argv, None
     if name == 'test':
         check_checkpoint(args.checkpoint)
+    if name == 'train':
+        flags, note = restart_flags(args.config, cfg, args.work_dir)
+        host_argv += flags
+        if note is not None and _local_rank() == 0:
+            print(f'mmrpa: {note}', flush=True)
     if args.auto_scale_lr:
         host_argv = _scale_lr(cfg, scope, host_argv)
     if name == 'train':

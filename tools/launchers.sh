@@ -46,6 +46,8 @@ environment:
   MASTER_ADDR   address of machine 0 (127.0.0.1)
   PORT          port on machine 0 (a free one, or 29500 if MASTER_ADDR or
                 NNODES is set)
+  MAX_RESTARTS  how often to start all processes again after one has died
+                (0); a training goes on from its last checkpoint
   PYTHON        the interpreter (python)" $(( paths + 1 )) "$@"
     local gpus=${*:paths+1:1} nnodes=${NNODES:-1} node_rank=${NODE_RANK:-0}
     check_count GPUS "$gpus"
@@ -54,7 +56,10 @@ environment:
         fail "NODE_RANK=$node_rank must be from 0 to NNODES - 1 =" \
             "$(( nnodes - 1 ))"
     fi
-    local rendezvous
+    local rendezvous restarts=${MAX_RESTARTS:-0}
+    if [[ ! $restarts =~ ^[0-9]+$ ]]; then
+        fail "MAX_RESTARTS=$restarts must be a whole number from 0"
+    fi
     if (( nnodes == 1 )) && [[ -z ${PORT:-}${MASTER_ADDR:-} ]]; then
         # The launcher picks a free port, so two runs on a machine do not
         # collide. Without --local-addr it needs a host name that resolves.
@@ -67,6 +72,17 @@ environment:
             --master-port "${PORT:-29500}"
         )
     fi
+    if (( restarts > 0 )); then
+        if (( nnodes > 1 )); then
+            fail "MAX_RESTARTS is for one machine: with NNODES=$nnodes the" \
+                "launchers do not agree on a new start; start this script" \
+                "again on each machine, with --resume"
+        fi
+        rendezvous+=(--max-restarts "$restarts")
+    fi
+    # What is older is not a checkpoint of this run: see mmrpa/elastic.py.
+    MMRPA_LAUNCHED=$(date +%s)
+    export MMRPA_LAUNCHED
     exec "${PYTHON:-python}" -m torch.distributed.run \
         "${rendezvous[@]}" --nproc-per-node "$gpus" "$tools/$script" \
         "${@:1:paths}" --launcher pytorch "${@:paths+2}"

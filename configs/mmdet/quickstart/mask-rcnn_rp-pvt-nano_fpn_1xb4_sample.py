@@ -136,6 +136,8 @@ train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=3, val_interval=3)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 default_hooks = dict(
-    logger=dict(interval=10), checkpoint=dict(interval=3, max_keep_ckpts=1))
+    logger=dict(interval=10),
+    checkpoint=dict(
+        type='mmrpa.SafeCheckpointHook', interval=3, max_keep_ckpts=1))
 randomness = dict(seed=0)
 auto_scale_lr = dict(enable=False, base_batch_size=4)

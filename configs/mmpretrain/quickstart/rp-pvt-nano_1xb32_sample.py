@@ -78,6 +78,8 @@ train_cfg = dict(by_epoch=True, max_epochs=5, val_interval=5)
 val_cfg = dict()
 test_cfg = dict()
 default_hooks = dict(
-    logger=dict(interval=5), checkpoint=dict(interval=5, max_keep_ckpts=1))
+    logger=dict(interval=5),
+    checkpoint=dict(
+        type='mmrpa.SafeCheckpointHook', interval=5, max_keep_ckpts=1))
 randomness = dict(seed=0)
 auto_scale_lr = dict(enable=False, base_batch_size=32)

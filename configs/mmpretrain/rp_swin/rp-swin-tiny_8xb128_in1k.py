@@ -2,7 +2,7 @@ _base_ = [
     '../_base_/models/rp_classifier.py',
     '../_base_/datasets/imagenet_bs128_deit_224.py',
     '../_base_/schedules/imagenet_bs1024_adamw_300e.py',
-    'mmpretrain::_base_/default_runtime.py'
+    '../_base_/default_runtime.py'
 ]
 
 model = dict(

@@ -1,0 +1,51 @@
+"""What a training does that torchrun has started again.
+
+``MAX_RESTARTS=3 tools/dist_train.sh ...`` lets torchrun start all processes
+again after one has died. They get the same arguments, so without more they
+would begin from the beginning, or from the file of ``--resume FILE``.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+# When dist_train.sh was started, in seconds since 1970; set by launchers.sh.
+LAUNCHED = 'MMRPA_LAUNCHED'
+_COUNT = 'TORCHELASTIC_RESTART_COUNT'
+
+
+def restart_flags(config: str, cfg: Mapping,
+                  work_dir: str | None) -> tuple[list[str], str | None]:
+    """Flags that let a restarted training go on.
+
+    It goes on from the last checkpoint if that was written since
+    dist_train.sh was started: one that is older may be of another training
+    in the same folder. Without one the training starts as it did at first.
+
+    Args:
+        config (str): The config file.
+        cfg (Mapping): What is in it.
+        work_dir (str | None): The argument of ``--work-dir``.
+
+    Returns:
+        tuple: Flags to add at the end, and what to tell the user; none and
+        None if this is no restart.
+    """
+    count = int(os.environ.get(_COUNT) or 0)
+    launched = os.environ.get(LAUNCHED)
+    if count == 0 or launched is None:
+        return [], None
+    # As the hosts' scripts choose it.
+    folder = Path(work_dir or cfg.get('work_dir')
+                  or Path('work_dirs', Path(config).stem))
+    try:
+        written = (folder / 'last_checkpoint').stat().st_mtime
+    except FileNotFoundError:
+        written = -1.
+    if written < int(launched):
+        return [], (f'restart {count}: no checkpoint was written to {folder} '
+                    'since the start, so the training starts anew')
+    # mmseg would go on from load_from, where that is set.
+    return (['--resume', '--cfg-options', 'load_from=None'],
+            f'restart {count}: the training goes on from the last checkpoint '
+            f'in {folder}')
