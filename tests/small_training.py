@@ -95,13 +95,17 @@ class Recorder(Hook):
 def build(work_dir: Path, by: str, recorder: Recorder, *, workers: int = 0,
           resume: bool = False, every: int = 3, hook: bool = True,
           sampler: str | None = None, seed: int | None = 5,
-          hooks: tuple = (), **settings: Any) -> Runner:
+          checkpoint: str = 'mmrpa.SafeCheckpointHook', max_keep: int = 3,
+          save_best: str | None = None, logger: bool = True,
+          load_from: str | None = None, hooks: tuple = ()) -> Runner:
     """A training in epochs of five steps, or in 20 steps.
 
     Args:
         by (str): ``'epoch'`` or ``'iter'``.
         every (int): Steps between checkpoints.
         hook (bool): With ExactResumeHook.
+        checkpoint (str): The hook that writes them.
+        logger (bool): With a log on the disk.
     """
     default = dict(epoch='DefaultSampler', iter='InfiniteSampler')
     loop = dict(
@@ -113,15 +117,6 @@ def build(work_dir: Path, by: str, recorder: Recorder, *, workers: int = 0,
     random.seed(next(_NUMBERS) + 1000)
     np.random.seed(next(_NUMBERS))
     torch.manual_seed(next(_NUMBERS))
-    settings = dict(
-        train_cfg=loop[by],
-        param_scheduler=[
-            dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=8),
-            dict(type='MultiStepLR', milestones=[1, 2, 3],
-                 by_epoch=by == 'epoch')],
-        optim_wrapper=dict(
-            optimizer=dict(type='AdamW', lr=1e-2), clip_grad=dict(max_norm=1)),
-        ) | settings
     return Runner(
         model, work_dir=str(work_dir),
         train_dataloader=dict(
@@ -129,12 +124,21 @@ def build(work_dir: Path, by: str, recorder: Recorder, *, workers: int = 0,
             persistent_workers=workers > 0,
             sampler=dict(type=sampler or default[by], shuffle=True),
             dataset=Images()),
+        train_cfg=loop[by],
+        param_scheduler=[
+            dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=8),
+            dict(type='MultiStepLR', milestones=[1, 2, 3],
+                 by_epoch=by == 'epoch')],
+        optim_wrapper=dict(
+            optimizer=dict(type='AdamW', lr=1e-2), clip_grad=dict(max_norm=1)),
         default_hooks=dict(
             checkpoint=dict(
-                type='mmrpa.SafeCheckpointHook', interval=every,
-                by_epoch=False, max_keep_ckpts=3),
+                type=checkpoint, interval=every, by_epoch=False,
+                max_keep_ckpts=max_keep, save_best=save_best,
+                rule='greater' if save_best else None),
             **(dict(resume=dict(type='mmrpa.ExactResumeHook'))
-               if hook else {})),
-        custom_hooks=[recorder, *hooks], resume=resume,
+               if hook else {}),
+            **({} if logger else dict(logger=None))),
+        custom_hooks=[recorder, *hooks], resume=resume, load_from=load_from,
         randomness=dict(seed=seed), log_level='WARNING',
-        experiment_name=f'training_{next(_NUMBERS)}', **settings)
+        experiment_name=f'training_{next(_NUMBERS)}')

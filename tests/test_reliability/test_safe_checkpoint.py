@@ -1,0 +1,307 @@
+"""Checkpoints are whole or not there, and a resume takes one that is."""
+
+import errno
+import os
+import resource
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from small_training import Killed, Recorder, build
+
+from mmrpa.hooks import safe_checkpoint
+from mmrpa.safe_loading import (
+    CheckpointSaveError,
+    newest_good_checkpoint,
+    read_training_checkpoint,
+)
+from mmrpa.weights import CheckpointError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def no_compilers(monkeypatch):
+    """A Runner asks compilers for their versions, which takes a second."""
+    monkeypatch.setattr('mmengine.runner.runner.collect_env', dict)
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory) -> tuple[Path, Recorder]:
+    """A training with checkpoints at steps 14, 16, 18 and 20; not to touch."""
+    folder, recorder = tmp_path_factory.mktemp('trained'), Recorder()
+    build(folder, 'iter', recorder, every=2, max_keep=4).train()
+    assert names(folder) == [f'iter_{n}.pth' for n in (14, 16, 18, 20)]
+    return folder, recorder
+
+
+@pytest.fixture
+def work_dir(trained, tmp_path) -> Path:
+    """A copy of the training as it was after step 18."""
+    target = tmp_path / 'work'
+    shutil.copytree(trained[0], target)
+    (target / 'iter_20.pth').unlink()
+    (target / 'last_checkpoint').write_text(str(target / 'iter_18.pth'))
+    return target
+
+
+def names(folder: Path) -> list[str]:
+    """The files of weights, temporary ones too, in order of their numbers."""
+    return sorted((path.name for path in folder.iterdir()
+                   if '.pth' in path.name),
+                  key=lambda name: (len(name), name))
+
+
+def damage(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.write_bytes({
+        'cut': content[:middle],
+        # So many, because up to 63 between two records mean nothing.
+        'flipped': content[:middle] + bytes(
+            byte ^ 8 for byte in content[middle:middle + 100])
+        + content[middle + 100:],
+        'zeros': bytes(len(content)),
+        'empty': b''}[how])
+
+
+@pytest.mark.parametrize('how', ['cut', 'flipped', 'zeros', 'empty'])
+def test_a_damaged_checkpoint_is_passed_over(how, work_dir, trained, capfd):
+    damage(work_dir / 'iter_18.pth', how)
+    recorder = Recorder()
+    build(work_dir, 'iter', recorder, every=2, resume=True).train()
+    assert list(recorder.losses) == [17, 18, 19, 20]
+    for step, loss in recorder.losses.items():
+        assert loss == pytest.approx(trained[1].losses[step], abs=1e-6)
+    printed = ''.join(capfd.readouterr())
+    assert f'{work_dir}/iter_18.pth is ' in printed
+    assert 'iter_16.pth is the newest checkpoint before it' in printed
+    read_training_checkpoint(work_dir / 'iter_18.pth')  # written anew
+
+
+def test_without_a_whole_checkpoint_nothing_is_trained(work_dir):
+    for name in names(work_dir):
+        damage(work_dir / name, 'flipped')
+    recorder = Recorder()
+    with pytest.raises(CheckpointError, match='no checkpoint in .* is whole'
+                       ) as caught:
+        build(work_dir, 'iter', recorder, resume=True).train()
+    assert all(f'iter_{n}.pth is damaged' in str(caught.value)
+               for n in (14, 16, 18))
+    assert not recorder.losses
+
+
+@pytest.mark.parametrize('resume', [True, False])
+def test_a_named_file_is_taken_or_refused(resume, work_dir):
+    """Nothing else is taken in its place; load_from is as strict."""
+    recorder = Recorder()
+    damage(work_dir / 'iter_18.pth', 'flipped')
+    with pytest.raises(CheckpointError, match='iter_18.pth is damaged'):
+        build(work_dir, 'iter', recorder, resume=resume,
+              load_from=str(work_dir / 'iter_18.pth')).train()
+    assert not recorder.losses
+
+
+def test_the_search(work_dir, tmp_path, caplog):
+    """What counts is last_checkpoint; others count where it fails."""
+
+    def found() -> str:
+        return Path(newest_good_checkpoint(str(work_dir))).name
+
+    pointer = work_dir / 'last_checkpoint'
+    assert found() == 'iter_18.pth'
+    # Of an earlier, longer training in the same folder.
+    shutil.copy(work_dir / 'iter_14.pth', work_dir / 'iter_900.pth')
+    assert found() == 'iter_18.pth'
+    damage(work_dir / 'iter_18.pth', 'cut')
+    assert found() == 'iter_16.pth'
+    (work_dir / 'iter_900.pth').unlink()
+    # The folder has another name than when it was written.
+    pointer.write_text('/elsewhere/iter_16.pth')
+    assert found() == 'iter_16.pth'
+    # A full disk or a kill has emptied it.
+    shutil.copy(work_dir / 'iter_14.pth', work_dir / 'iter_17.pth')
+    for text in ('', '\x00\x00', 'iter_99.pth'):
+        pointer.write_text(text)
+        assert found() == 'iter_17.pth'
+    pointer.unlink()
+    assert found() == 'iter_17.pth'
+    (work_dir / 'best_acc_iter_18.pth').write_bytes(b'no')
+    assert found() == 'iter_17.pth'
+    assert newest_good_checkpoint(str(tmp_path / 'new')) is None
+
+
+@pytest.fixture
+def full_after(request, tmp_path):
+    """A work_dir, and a function after which no more fits on its disk."""
+    if request.param == 'limit':
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        yield tmp_path, lambda: resource.setrlimit(
+            resource.RLIMIT_FSIZE, (50_000, hard)), lambda: (
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard)))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        return
+    disk = tmp_path / 'disk'
+    disk.mkdir()
+    done = subprocess.run(
+        ['mount', '-t', 'tmpfs', '-o', 'size=8m', 'tmpfs', str(disk)],
+        capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f'no right to mount a small disk: {done.stderr.strip()}')
+    filler = disk / 'filler'
+
+    def fill() -> None:
+        handle = os.open(filler, os.O_WRONLY | os.O_CREAT)
+        with pytest.raises(OSError) as caught:
+            while True:
+                os.write(handle, bytes(4096))
+        os.close(handle)
+        assert caught.value.errno == errno.ENOSPC
+
+    yield disk / 'work', fill, filler.unlink
+    # Lazily: the run's log is still open there.
+    subprocess.run(['umount', '-l', str(disk)], check=True)
+
+
+@pytest.mark.parametrize('full_after', ['limit', 'tmpfs'], indirect=True)
+def test_a_full_disk(full_after, trained):
+    work_dir, fill, free = full_after
+
+    class Filler(Recorder):
+
+        def after_train_iter(self, runner, *args, **kwargs):
+            super().after_train_iter(runner, *args, **kwargs)
+            if runner.iter + 1 == 5:
+                fill()
+
+    recorder = Filler()
+    with pytest.raises(CheckpointSaveError) as caught:
+        build(work_dir, 'iter', recorder, every=4, logger=False).train()
+    reason = ('File too large' if work_dir.name != 'work' else
+              'No space left on device')
+    text = str(caught.value)
+    assert f'cannot write {work_dir}/iter_8.pth: {reason}' in text
+    assert f'The last good checkpoint is {work_dir}/iter_4.pth' in text
+    assert 'step 8' in text and '\n' not in text
+    assert max(recorder.losses) == 7  # the hook comes before the record
+    assert names(work_dir) == ['iter_4.pth']
+    assert read_training_checkpoint(work_dir / 'iter_4.pth')['meta']['iter'
+                                                                     ] == 4
+    free()
+    resumed = Recorder()
+    build(work_dir, 'iter', resumed, every=4, resume=True).train()
+    assert list(resumed.losses) == list(range(5, 21))
+    for step, loss in resumed.losses.items():
+        assert loss == pytest.approx(trained[1].losses[step], abs=1e-6)
+
+
+def test_mmengine_alone_loses_it(tmp_path):
+    """Else this hook would not be needed: kept is one, which is removed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class Filler(Recorder):
+
+        def after_train_iter(self, runner, *args, **kwargs):
+            super().after_train_iter(runner, *args, **kwargs)
+            if runner.iter + 1 == 5:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+
+    try:
+        with pytest.raises(OSError, match='File too large'):
+            build(tmp_path, 'iter', Filler(), every=4, max_keep=1,
+                  checkpoint='CheckpointHook').train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (tmp_path / 'iter_4.pth').exists()
+    with pytest.raises(CheckpointError):
+        read_training_checkpoint(tmp_path / 'iter_8.pth')
+
+
+@pytest.mark.parametrize('moment', ['before', 'after'])
+def test_killed_while_saving(moment, tmp_path, trained, monkeypatch):
+    """Before and after the file gets its name."""
+    put_in_place = safe_checkpoint.put_in_place
+
+    def killed(aside, path):
+        if path.name == 'iter_8.pth':
+            if moment == 'after':
+                put_in_place(aside, path)
+            raise Killed
+        put_in_place(aside, path)
+
+    monkeypatch.setattr(safe_checkpoint, 'put_in_place', killed)
+    with pytest.raises(Killed):
+        build(tmp_path, 'iter', Recorder(), every=4, max_keep=1).train()
+    left = dict(before='.iter_8.pth.tmp', after='iter_8.pth')[moment]
+    assert names(tmp_path) == sorted(['iter_4.pth', left], key=len)
+    assert (tmp_path / 'last_checkpoint').read_text().endswith('iter_4.pth')
+    monkeypatch.setattr(safe_checkpoint, 'put_in_place', put_in_place)
+    resumed = Recorder()
+    build(tmp_path, 'iter', resumed, every=4, max_keep=1,
+          resume=True).train()
+    assert min(resumed.losses) == 5
+    for step, loss in resumed.losses.items():
+        assert loss == pytest.approx(trained[1].losses[step], abs=1e-6)
+    assert '.iter_8.pth.tmp' not in names(tmp_path)
+
+
+def test_old_ones_go_after_the_new_one_is_there(tmp_path, monkeypatch):
+    put_in_place, seen = safe_checkpoint.put_in_place, []
+
+    def watch(aside, path):
+        seen.append((path.name, [n for n in names(tmp_path) if n[0] != '.']))
+        put_in_place(aside, path)
+
+    monkeypatch.setattr(safe_checkpoint, 'put_in_place', watch)
+    scores = {4: 0.2, 8: 0.1, 12: 0.5}
+
+    class Scores(Recorder):
+        priority = 'LOWEST'
+
+        def after_train_iter(self, runner, *args, **kwargs):
+            step = runner.iter + 1
+            if step in scores:
+                runner._train_loop._iter += 1  # as where validation is
+                hook, = (hook for hook in runner.hooks if isinstance(
+                    hook, safe_checkpoint.SafeCheckpointHook))
+                hook.after_val_epoch(runner, dict(acc=scores[step]))
+                runner._train_loop._iter -= 1
+
+    build(tmp_path, 'iter', Scores(), every=4, max_keep=1,
+          save_best='acc').train()
+    assert seen == [
+        ('iter_4.pth', []),
+        ('best_acc_iter_4.pth', ['iter_4.pth']),
+        ('iter_4.pth', ['iter_4.pth', 'best_acc_iter_4.pth']),
+        ('iter_8.pth', ['iter_4.pth', 'best_acc_iter_4.pth']),
+        ('iter_12.pth', ['iter_8.pth', 'best_acc_iter_4.pth']),
+        ('best_acc_iter_12.pth', ['iter_12.pth', 'best_acc_iter_4.pth']),
+        ('iter_12.pth', ['iter_12.pth', 'best_acc_iter_4.pth',
+                         'best_acc_iter_12.pth']),
+        ('iter_16.pth', ['iter_12.pth', 'best_acc_iter_12.pth']),
+        ('iter_20.pth', ['iter_16.pth', 'best_acc_iter_12.pth'])]
+    assert names(tmp_path) == ['iter_20.pth', 'best_acc_iter_12.pth']
+    best = torch.load(tmp_path / 'best_acc_iter_12.pth', weights_only=False)
+    assert best['message_hub']['runtime_info']['best_score'] == 0.5
+
+
+def test_the_hooks_are_on_in_our_configs():
+    """Each config has one of a few bases, and these have the hooks."""
+    for name in ('mmdet/rp_swin/mask-rcnn_rp-swin-tiny_fpn_1x_coco',
+                 'mmseg/rp_swin/rp-swin-tiny_upernet_8xb2-160k_ade20k-512x512',
+                 'mmpretrain/rp_deit/rp-deit-base_8xb128_in1k'):
+        hooks = Config.fromfile(ROOT / f'configs/{name}.py').default_hooks
+        assert hooks.checkpoint.type == 'mmrpa.SafeCheckpointHook', name
+        assert hooks.resume.type == 'mmrpa.ExactResumeHook', name
+    for path in (ROOT / 'configs').rglob('*.py'):
+        text = path.read_text()
+        assert "'CheckpointHook'" not in text, path
+        if path.parent.name not in ('_base_', 'quickstart'):
+            assert '::_base_/default_runtime.py' not in text, path
+        elif path.parent.name == 'quickstart':
+            assert "'mmrpa.SafeCheckpointHook'" in text, path
+        if path.parent.name == 'schedules' and 'CheckpointHook' in text:
+            assert 'mmrpa.ExactResumeHook' in text, path
