@@ -1,0 +1,93 @@
+"""Flags of a training that torchrun has started again."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from helpers import TOOLS
+
+from mmrpa.elastic import restart_flags
+
+
+@pytest.fixture
+def restarted(tmp_path, monkeypatch):
+    """A first restart of a launch in second 1000; its working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('MMRPA_LAUNCHED', '1000')
+    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')
+    folder = tmp_path / 'work_dirs' / 'my_config'
+    folder.mkdir(parents=True)
+    return folder
+
+
+def write(folder, second):
+    (folder / 'last_checkpoint').write_text('iter_2.pth')
+    os.utime(folder / 'last_checkpoint', (second, second))
+
+
+def test_it_goes_on_from_a_checkpoint_of_this_launch(restarted):
+    write(restarted, 1001)
+    flags, note = restart_flags('a/my_config.py', {}, None)
+    assert flags == ['--resume', '--cfg-options', 'load_from=None']
+    assert 'restart 1: the training goes on' in note
+    assert str(restarted.relative_to(restarted.parents[1])) in note
+
+
+@pytest.mark.parametrize('second', [None, 999])
+def test_an_older_checkpoint_is_of_another_training(second, restarted):
+    if second:
+        write(restarted, second)
+    flags, note = restart_flags('a/my_config.py', {}, None)
+    assert flags == [] and 'starts anew' in note
+
+
+def test_the_folder_is_the_hosts(restarted, tmp_path):
+    other = tmp_path / 'other'
+    other.mkdir()
+    write(other, 1001)
+    assert restart_flags('my_config.py', {}, str(other))[0]
+    assert restart_flags('my_config.py', dict(work_dir=str(other)), None)[0]
+    assert not restart_flags('my_config.py', {}, None)[0]
+
+
+@pytest.mark.parametrize('name, value', [
+    ('TORCHELASTIC_RESTART_COUNT', '0'), ('TORCHELASTIC_RESTART_COUNT', None),
+    ('MMRPA_LAUNCHED', None)])
+def test_a_first_start_is_left_alone(name, value, restarted, monkeypatch):
+    write(restarted, 1001)
+    if value is None:
+        monkeypatch.delenv(name)
+    else:
+        monkeypatch.setenv(name, value)
+    assert restart_flags('my_config.py', {}, None) == ([], None)
+
+
+@pytest.mark.parametrize('settings, told', [
+    (dict(MAX_RESTARTS='-1'), 'MAX_RESTARTS=-1 must be'),
+    (dict(MAX_RESTARTS='1', NNODES='2'), 'MAX_RESTARTS is for one machine')])
+def test_wrong_settings_are_refused(settings, told):
+    done = subprocess.run(
+        ['bash', str(TOOLS / 'dist_train.sh'), 'config.py', '2'],
+        env={**os.environ, **settings}, capture_output=True, text=True,
+        check=False)
+    assert done.returncode == 2
+    assert told in done.stderr
+
+
+def test_the_launcher_is_told(tmp_path):
+    fake = tmp_path / 'python'
+    fake.write_text(f'#!{sys.executable}\nimport json, os, sys\n'
+                    'print(json.dumps([sys.argv[1:], '
+                    'os.environ["MMRPA_LAUNCHED"]]))\n')
+    fake.chmod(0o755)
+    done = subprocess.run(
+        ['bash', str(TOOLS / 'dist_train.sh'), 'config.py', '2'],
+        env={**os.environ, 'MAX_RESTARTS': '3', 'PYTHON': str(fake)},
+        capture_output=True, text=True, check=True)
+    arguments, launched = json.loads(done.stdout)
+    place = arguments.index('--max-restarts')
+    assert arguments[place + 1] == '3'
+    assert place < arguments.index(str(TOOLS / 'train.py'))
+    assert int(launched) > 1e9
