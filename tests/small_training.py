@@ -97,7 +97,8 @@ def build(work_dir: Path, by: str, recorder: Recorder, *, workers: int = 0,
           sampler: str | None = None, seed: int | None = 5,
           checkpoint: str = 'mmrpa.SafeCheckpointHook', max_keep: int = 3,
           save_best: str | None = None, logger: bool = True,
-          load_from: str | None = None, hooks: tuple = ()) -> Runner:
+          load_from: str | None = None, accumulate: int = 1,
+          hooks: tuple = ()) -> Runner:
     """A training in epochs of five steps, or in 20 steps.
 
     Args:
@@ -130,6 +131,7 @@ def build(work_dir: Path, by: str, recorder: Recorder, *, workers: int = 0,
             dict(type='MultiStepLR', milestones=[1, 2, 3],
                  by_epoch=by == 'epoch')],
         optim_wrapper=dict(
+            accumulative_counts=accumulate,
             optimizer=dict(type='AdamW', lr=1e-2), clip_grad=dict(max_norm=1)),
         default_hooks=dict(
             checkpoint=dict(

@@ -230,6 +230,7 @@ class ExactResumeHook(Hook):
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
         """Write down what a checkpoint of mmengine lacks."""
+        _warn_of_gradients(runner.optim_wrapper)
         if self._batches is not None:
             checkpoint[STATE_KEY] = dict(
                 sampler_seeds=_sampler_seeds(runner.train_loop.dataloader),
@@ -325,6 +326,16 @@ def _trains(runner: Any) -> bool:
 def _warn(text: str) -> None:
     print_log(f'ExactResumeHook: {text}', logger='current',
               level=logging.WARNING)
+
+
+def _warn_of_gradients(optim_wrapper: Any) -> None:
+    """Tell of gradients that wait for others and are in no checkpoint."""
+    done = getattr(optim_wrapper, '_inner_count', 0)
+    counts = getattr(optim_wrapper, '_accumulative_counts', 1)
+    if done % counts and done != getattr(optim_wrapper, '_max_counts', -1):
+        _warn(f'the gradients of {done % counts} of {counts} batches are not '
+              'in this checkpoint; let its interval be a multiple of '
+              f'accumulative_counts={counts}')
 
 
 def _samplers(loader: DataLoader) -> list[Any]:

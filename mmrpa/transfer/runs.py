@@ -248,7 +248,9 @@ def build_runner(transfer: AttentionTransfer, folder: str, work_dir: str,
             logger=dict(
                 type='LoggerHook', interval=min(LOG_EVERY, steps)),
             checkpoint=dict(
-                type='CheckpointHook', interval=1, max_keep_ckpts=2)),
+                type='mmrpa.SafeCheckpointHook',
+                interval=1,
+                max_keep_ckpts=2)),
         custom_hooks=[PhaseHook(settings.layer_epochs)],
         launcher=launcher,
         resume=resume,

@@ -179,6 +179,16 @@ def test_another_batch_size_is_told(tmp_path, caplog):
     assert resumed.inner[7] == 0
 
 
+@pytest.mark.parametrize('every, warned', [(3, True), (4, False)])
+def test_accumulated_gradients_are_told(every, warned, tmp_path, caplog):
+    runner = build(tmp_path, 'iter', Recorder(5), every=every, accumulate=2)
+    runner.logger.addHandler(caplog.handler)
+    with pytest.raises(Killed):
+        runner.train()
+    assert (tmp_path / f'iter_{every}.pth').exists()
+    assert ('the gradients of 1 of 2 batches' in caplog.text) == warned
+
+
 def test_the_old_way_to_skip(tmp_path, monkeypatch, whole_runs):
     """mmengine 0.10.7 skips by next(), and starts its iterator at once."""
     from mmengine.runner.loops import (
@@ -211,6 +221,13 @@ def test_the_old_way_to_skip(tmp_path, monkeypatch, whole_runs):
     monkeypatch.setattr(IterBasedTrainLoop, 'run', run)
     killed, resumed = interrupt(tmp_path, 8, 'iter')
     assert_goes_on(whole, killed, resumed, 7)
+
+
+def test_a_run_that_does_not_train_builds_no_training(tmp_path):
+    runner = build(tmp_path, 'iter', Recorder())
+    runner.call_hook('before_run')  # as Runner.test does
+    assert isinstance(runner._train_loop, dict)
+    assert isinstance(runner._train_dataloader, dict)
 
 
 def draw() -> tuple[float, ...]:

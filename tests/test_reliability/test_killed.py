@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from guides import run_guide
 from helpers import TOOLS
 from kill_training import (
     kill_all,
@@ -18,6 +19,7 @@ from kill_training import (
     start,
     wait_for,
 )
+from mmengine.config import Config
 
 CONFIGS = TOOLS.parent / 'configs'
 # Small steps; every loss as it is, not the mean of ten.
@@ -201,3 +203,22 @@ def test_two_are_started_again(folder):
     killed, resumed = read_losses(work_dir)
     assert max(killed) < 12 and min(resumed) in (4, 7) and max(resumed) == 12
     assert_equal([killed, resumed], whole)
+
+
+@pytest.mark.long
+def test_the_commands_of_the_guide(folder):
+    """With a small config: the first trains, the second finds it done."""
+    cfg = Config.fromfile(CONFIGS / HOSTS['mmseg'][0])
+    cfg.merge_from_dict({
+        'model.backbone.init_cfg': None, 'train_dataloader.batch_size': 2,
+        'model.data_preprocessor.size': (64, 64), 'train_cfg.max_iters': 4,
+        'train_cfg.val_interval': 4, 'default_hooks.checkpoint.interval': 2})
+    cfg.dump(folder / 'small.py')
+    outputs = run_guide(
+        'docs/resuming.md', folder, skip=['pytest'],
+        env=dict(CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1'),
+        replace={'CONFIG 8': 'small.py 2', 'CONFIG': 'small.py'})
+    train, again = outputs.values()
+    assert 'the training starts from its beginning' in train
+    assert 'Iter(train) [4/4]' in train or 'iter: 4' in train
+    assert 'resumed epoch: 0, iter: 4' in again
