@@ -20,6 +20,7 @@ from typing import NoReturn
 
 from mmrpa.cpu_amp import amp_on_cpu
 from mmrpa.elastic import restart_flags
+from mmrpa.interfaces import choose_gloo_interface
 from mmrpa.preflight import ConfigError, MissingPathError, check_config
 
 HOSTS = ('mmdet', 'mmseg', 'mmpretrain')
@@ -312,9 +313,13 @@ def _run_on_cpu(script: Path, timeout: timedelta) -> None:
     leaves a group alone that exists already.
     """
     from torch import distributed as dist
+    interface = choose_gloo_interface()
     if int(os.environ['RANK']) == 0:
         print('mmrpa: no GPU here: the processes work on CPUs and communicate '
               "over 'gloo', whatever env_cfg.dist_cfg says", flush=True)
+    if interface is not None and _local_rank() == 0:
+        print(f'mmrpa: gloo uses the interface {interface!r}, which reaches '
+              'MASTER_ADDR (GLOO_SOCKET_IFNAME names another one)', flush=True)
     dist.init_process_group('gloo', timeout=timeout)
     try:
         runpy.run_path(str(script), run_name='__main__')

@@ -2,12 +2,17 @@
 
 import json
 import os
+import socket
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import TOOLS
+
+from mmrpa.weights import read_checkpoint
 
 SHELL = ['dist_train.sh', 'dist_test.sh', 'slurm_train.sh', 'slurm_test.sh']
 RECORDER = f"""\
@@ -20,8 +25,7 @@ sys.exit(int(os.environ.get('CODE', 0)))
 
 
 def weights(work_dir: Path) -> dict[str, torch.Tensor]:
-    return torch.load(
-        work_dir / 'iter_2.pth', weights_only=False)['state_dict']
+    return read_checkpoint(str(work_dir / 'iter_2.pth')).state_dict
 
 
 def scalars(work_dir: Path) -> list[dict]:
@@ -30,17 +34,47 @@ def scalars(work_dir: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_two_processes_train_as_one(configs, data, write_config, run_tool,
-                                    tmp_path):
-    one = write_config(configs['mmpretrain'](data, batch_size=2), 'one.py')
+@pytest.fixture(scope='module')
+def alone(configs, data, tmp_path_factory) -> Path:
+    """Work folder of one process with a batch of 2."""
+    folder = tmp_path_factory.mktemp('alone')
+    content = configs['mmpretrain'](data, batch_size=2)
+    (folder / 'one.py').write_text(
+        ''.join(f'{k} = {v!r}\n' for k, v in content.items()))
+    done = subprocess.run(
+        [sys.executable, TOOLS / 'train.py', folder / 'one.py', '--work-dir',
+         folder / 'run'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, timeout=300, check=False,
+        env=dict(os.environ, CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1'))
+    assert done.returncode == 0, done.stdout
+    return folder / 'run'
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(('127.0.0.1', 0))
+        return listener.getsockname()[1]
+
+
+@pytest.mark.parametrize('nodes', [1, 2], ids=['one-node', 'two-nodes'])
+def test_two_processes_train_as_one(nodes, alone, configs, data, write_config,
+                                    run_tool, tmp_path):
+    """On one machine, or by two launchers that find each other."""
     two = write_config(configs['mmpretrain'](data, batch_size=1), 'two.py')
-    done = run_tool('train.py', one, '--work-dir', tmp_path / 'one')
-    assert done.returncode == 0, done.stdout
-    done = run_tool('dist_train.sh', two, 2, '--work-dir', tmp_path / 'two')
-    assert done.returncode == 0, done.stdout
-    assert "over 'gloo'" in done.stdout
-    assert 'Distributed training: True' in done.stdout
-    single, double = weights(tmp_path / 'one'), weights(tmp_path / 'two')
+    env = {} if nodes == 1 else dict(NNODES='2', PORT=str(free_port()))
+
+    def launch(rank: int) -> subprocess.CompletedProcess:
+        return run_tool('dist_train.sh', two, 2 // nodes, '--work-dir',
+                        tmp_path / 'two', env=dict(env, NODE_RANK=str(rank)))
+
+    with ThreadPoolExecutor() as pool:
+        finished = list(pool.map(launch, range(nodes)))
+    for done in finished:
+        assert done.returncode == 0, done.stdout
+    assert "over 'gloo'" in finished[0].stdout
+    assert 'Distributed training: True' in finished[0].stdout
+    assert 'GPU number: 2' in finished[0].stdout
+    single, double = weights(alone), weights(tmp_path / 'two')
     assert single.keys() == double.keys()
     # Images alternate between the classes, so that each process sees one
     # class only: without a mean over both the heads would differ by 1e-2.
@@ -48,8 +82,7 @@ def test_two_processes_train_as_one(configs, data, write_config, run_tool,
         torch.testing.assert_close(double[name], value, rtol=0, atol=1e-6)
     # Validation put the results of both processes together.
     key = 'accuracy/top1'
-    assert scalars(tmp_path / 'two')[-1][key] == scalars(
-        tmp_path / 'one')[-1][key]
+    assert scalars(tmp_path / 'two')[-1][key] == scalars(alone)[-1][key]
 
 
 def test_two_processes_train_and_test_a_detector(configs, data, write_config,
