@@ -78,21 +78,26 @@ def test_two_machines_train_as_one(named, machines, configs, data,
         env['GLOO_SOCKET_IFNAME'] = 'cable'
     work_dir = tmp_path / 'two'
 
-    def launch(rank: int) -> subprocess.CompletedProcess:
+    def launch(rank: int) -> tuple[int, str]:
         # Each machine has a disk of its own.
-        return subprocess.run(
-            ['ip', 'netns', 'exec', machines[rank], 'bash',
-             TOOLS / 'dist_train.sh', two, '2', '--work-dir',
-             work_dir / str(rank)],
-            env=dict(env, NODE_RANK=str(rank)), stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, timeout=300, check=False)
+        command = ['ip', 'netns', 'exec', machines[rank], 'bash',
+                   TOOLS / 'dist_train.sh', two, '2', '--work-dir',
+                   work_dir / str(rank)]
+        with subprocess.Popen(command, env=dict(env, NODE_RANK=str(rank)),
+                              stdout=subprocess.PIPE, text=True,
+                              stderr=subprocess.STDOUT) as process:
+            try:
+                output, _ = process.communicate(timeout=240)
+            finally:
+                process.terminate()  # torchrun then ends its processes, too
+        return process.returncode, output
 
     with ThreadPoolExecutor() as pool:
         finished = list(pool.map(launch, range(2)))
-    for done in finished:
-        assert done.returncode == 0, done.stdout
-        assert ("interface 'cable'" in done.stdout) == (not named)
-    assert 'GPU number: 4' in finished[0].stdout
+    for code, output in finished:
+        assert code == 0, output
+        assert ("interface 'cable'" in output) == (not named)
+    assert 'GPU number: 4' in finished[0][1]
     single, double = (
         read_checkpoint(str(path / 'iter_2.pth')).state_dict
         for path in (tmp_path / 'one', work_dir / '0'))
