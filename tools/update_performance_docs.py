@@ -44,9 +44,10 @@ pooled agents, on the smallest square grid of at least M). Peers of the
 backbones: `own` (the same class with its family's attention), `mmdet` and
 `timm` (those libraries' models; timm has no PVT v1).
 
-The tables are of commit 066f599. What came later to the CPU, the layer in one
-operator (below), the convolution by shifts and the FFN in pieces, is not in
-them yet: running the commands again gives other figures."""
+With glibc, freed memory stays with the process (`--allocator keep`), as it
+does under the allocators that torch's tuning guide recommends. Otherwise what
+one peer frees decides how many fresh pages, which are slow at their first use,
+the next one is given; `--allocator default` measures that."""
 # Prose on the rule; the table below it is asked from mmrpa.ops.choose_impl.
 AUTO_RULE = """By device, dtype and sizes, and by nothing else: `'triton'` on
 CUDA where its kernels take the case (float32, bfloat16 or float16, 16 to 128
@@ -156,13 +157,15 @@ def describe(report: Report) -> str:
     machine, settings = report['machine'], report['settings']
     gpu = ('' if machine['device'] == machine['cpu'] else
            f'{machine["device"]}; ')
+    allocator = (f', allocator: {settings["allocator"]}'
+                 if 'allocator' in settings else '')
     flush = ', L2 flushed before each call' * settings['flush_l2']
     return (f'    {report["command"]}\n\n'
             f'On {gpu}{machine["cpu"]}, {machine["cores"]} cores, '
             f'threads: {machine["threads"]}; torch {machine["torch"]}, '
             f'{settings["dtype"]}, batch {settings["batch"]}, '
             f'{settings["rounds"]} rounds of samples of at least '
-            f'{settings["min_time"]:g} s{flush}.')
+            f'{settings["min_time"]:g} s{flush}{allocator}.')
 
 
 def show_report(name: str, report: Report, images: Path) -> List[str]:

@@ -15,17 +15,19 @@ have one dtype, float32 or float64, in which sums are taken.
 from typing import Iterator, NamedTuple, Optional, Tuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import shifts
+from . import convolution
 from .fused import (
     Options,
     Representatives,
+    interact,
     interact_backward,
     mean_backward,
     softmax_backward,
 )
-from .naive import MASS_EPS, interact
+from .naive import MASS_EPS
 
 # Of the tokens of a band, C channels each. Between 1 and 4 MiB the time hardly
 # changes on two cores with 512 KiB of L2 each.
@@ -48,8 +50,8 @@ class Weights(NamedTuple):
     anchors: Tensor  # (h, M, d)
     interact: Tensor  # (3, h, d, d) or (3, C, C)
     interact_proj: Optional[Tensor]
-    taps: Tensor  # (size * size, C)
-    taps_bias: Optional[Tensor]  # (C)
+    dwc: Tensor  # (C, 1, size, size)
+    dwc_bias: Optional[Tensor]  # (C)
 
     def heads(self, weight: Tensor) -> Tensor:
         """Rows of (C, C) or (C) by head: (h, d, C) or (h, d, 1)."""
@@ -146,7 +148,7 @@ def forward(x: Tensor, w: Weights, hw_shape: Tuple[int, int],
     """
     kept = _gather(x, w, hw_shape, options)
     v_rep = interact(kept.reps.z, w.interact, w.interact_proj,
-                     options.residual)
+                     options.residual).v_rep
     return _distribute(x, w, hw_shape, kept, v_rep, options.scale), kept
 
 
@@ -209,13 +211,13 @@ def _convolve(maps: Tensor, w: Weights, band: Band, hw_shape: Tuple[int, int],
 
     Zeros for tokens outside of the map.
     """
-    out = torch.empty_like(band.of(maps))
-    out[:band.num_cls] = 0
-    # The gradient is a correlation with the same taps the other way round.
-    taps, bias = (w.taps.flip(0), None) if backward else (w.taps, w.taps_bias)
-    shifts.convolve(band.whole_map(maps, hw_shape), taps, bias, band.rows,
-                    band.map(out, hw_shape[1]))
-    return out
+    whole = band.whole_map(maps, hw_shape)
+    if backward:
+        part = convolution.convolve_input_gradient(whole, w.dwc, band.rows)
+    else:
+        part = convolution.convolve(whole, w.dwc, w.dwc_bias, band.rows)
+    part = part.flatten(0, 2)
+    return F.pad(part, (0, 0, band.num_cls, 0)) if band.num_cls else part
 
 
 def _distribute(x: Tensor, w: Weights, hw_shape: Tuple[int, int], kept: Kept,
@@ -245,14 +247,15 @@ def backward(x: Tensor, w: Weights, hw_shape: Tuple[int, int],
         Tensor: (B, N, C).
     """
     reps = kept.reps
-    v_rep = interact(reps.z, w.interact, w.interact_proj, options.residual)
+    done = interact(reps.z, w.interact, w.interact_proj, options.residual)
     grad_x, grad_local = torch.empty_like(x), torch.empty_like(x)
     grad.out_bias.copy_(grad_out.sum((0, 1)))
     grad_keys, grad_v_rep = _distribute_backward(
-        x, w, hw_shape, kept, reps.k * options.scale, v_rep, grad_out, grad,
-        grad_x, grad_local)
+        x, w, hw_shape, kept, reps.k * options.scale, done.v_rep, grad_out,
+        grad, grad_x, grad_local)
     grad_z, grad_interact, grad_proj = interact_backward(
-        reps.z, w.interact, w.interact_proj, options.residual, grad_v_rep)
+        reps.z, w.interact, w.interact_proj, options.residual, done,
+        grad_v_rep)
     grad.interact.copy_(grad_interact)
     if grad_proj is not None:
         grad.interact_proj.copy_(grad_proj)
@@ -345,8 +348,10 @@ def _gather_backward(x: Tensor, w: Weights, hw_shape: Tuple[int, int],
 
 def _kernel_gradient(v: Tensor, grad_local: Tensor, band: Band,
                      hw_shape: Tuple[int, int], grad: Weights) -> None:
-    rows = band.map(band.of(grad_local), hw_shape[1])
-    shifts.kernel_gradient(band.whole_map(v, hw_shape), rows, band.rows,
-                           grad.taps)
-    if grad.taps_bias is not None:
-        grad.taps_bias.add_(rows.sum((0, 1, 2)))
+    grads = convolution.kernel_gradient(
+        band.whole_map(v, hw_shape),
+        band.map(band.of(grad_local), hw_shape[1]), grad.dwc,
+        grad.dwc_bias is not None, band.rows)
+    grad.dwc.add_(grads[0])
+    if grad.dwc_bias is not None:
+        grad.dwc_bias.add_(grads[1])

@@ -10,14 +10,14 @@ of one q, k, v projection do without a copy. Sums and softmaxes are computed
 and kept in float32 (float64 for float64 input).
 """
 
-from typing import Iterator, NamedTuple, Optional, Tuple
+from typing import Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import shifts
-from .naive import MASS_EPS, compute_dtype, interact, project
+from . import convolution
+from .naive import MASS_EPS, compute_dtype, project
 
 # What one piece may take, in bytes: Q, K, V and the output of its tokens, and
 # twice its routing. Of 2 to 64 MiB, 16 was the fastest on two cores with 2 MiB
@@ -83,15 +83,10 @@ def _merge(x: Tensor, images: slice) -> Tensor:
     return x[images].flatten(0, 1)
 
 
-def _put(out: Tensor, piece: Piece, rows: Tensor,
-         accumulate: bool = False) -> None:
+def _put(out: Tensor, piece: Piece, rows: Tensor) -> None:
     """Write (images * h, n, d) into the piece of ``out`` (B, N, h, d)."""
     part = out[piece].transpose(1, 2)
-    rows = rows.view(part.shape)
-    if accumulate:
-        part += rows
-    else:
-        part.copy_(rows)
+    part.copy_(rows.view(part.shape))
 
 
 def _expand(anchors: Tensor, batch: int, heads: int) -> Tensor:
@@ -173,7 +168,7 @@ def mean_backward(reps: Representatives, grad_k_rep: Tensor,
 def gather_backward(k: Tensor, v: Tensor, anchors: Tensor,
                     reps: Representatives, grad_k_rep: Tensor, grad_z: Tensor,
                     routing: str, reduction: str, grad_k: Tensor,
-                    grad_v: Tensor, accumulate_v: bool) -> Tensor:
+                    grad_v: Tensor) -> Tensor:
     """Write the gradients of k and v; return that of the anchors, (h, M, d).
 
     With G = [grad K_rep, grad Z] / mass, the routing's gradient is
@@ -205,18 +200,25 @@ def gather_backward(k: Tensor, v: Tensor, anchors: Tensor,
         _merge(grad_anchors, images).baddbmm_(
             grad_logits.transpose(1, 2), k_rows)
         _put(grad_k, piece, torch.bmm(p, g_k).baddbmm_(grad_logits, here))
-        _put(grad_v, piece, torch.bmm(p, g_z), accumulate_v)
+        _put(grad_v, piece, torch.bmm(p, g_z))
     return grad_anchors.sum(0)
 
 
-def distribute(q: Tensor, k_rep: Tensor, v_rep: Tensor, scale: float,
-               out: Tensor, accumulate: bool) -> None:
-    """Distribute of :func:`mmrpa.ops.distribute` into ``out`` (B, N, h, d).
+def distribute(q: Tensor, k_rep: Tensor, v_rep: Tensor,
+               scale: float) -> Tensor:
+    """Distribute of :func:`mmrpa.ops.distribute`, (B, N, h, d), contiguous.
     """
+    if q.device.type == 'cpu' and q.dtype == k_rep.dtype:
+        # torch's flash attention for CPUs, which keeps no N x M either.
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k_rep, v_rep,
+                                             scale=scale)
+        return out.transpose(1, 2).contiguous()
+    out = q.new_empty(q.shape)
     keys = k_rep * scale
     for piece in _cut(q, keys.shape[2]):
         s = _attend(_rows(q, piece, keys.dtype), _merge(keys, piece[0]))
-        _put(out, piece, torch.bmm(s, _merge(v_rep, piece[0])), accumulate)
+        _put(out, piece, torch.bmm(s, _merge(v_rep, piece[0])))
+    return out
 
 
 def _attend(q: Tensor, keys: Tensor) -> Tensor:
@@ -245,26 +247,58 @@ def distribute_backward(q: Tensor, k_rep: Tensor, v_rep: Tensor, scale: float,
     return grad_keys * scale, grad_v_rep
 
 
+class Interacted(NamedTuple):
+    """Interact's result (B, h, M, d), and what its gradient needs."""
+
+    v_rep: Tensor
+    qkv: Tensor  # (3, B, h, M, d)
+    a: Tensor  # (B, h, M, M)
+
+
+def interact(z: Tensor, weight: Tensor, proj: Optional[Tensor],
+             residual: bool) -> Interacted:
+    """:func:`mmrpa.ops.interact` for a gradient."""
+    qkv = _project_all(z, weight)
+    q, k, v = qkv
+    a = ((q * z.shape[-1]**-0.5) @ k.mT).softmax(-1)
+    v_rep = a @ v
+    if proj is not None:
+        v_rep = project(v_rep, proj)
+    return Interacted(z + v_rep if residual else v_rep, qkv, a)
+
+
+def _project_all(z: Tensor, weight: Tensor) -> Tensor:
+    """Wq', Wk' and Wv' applied to (B, h, M, d): (3, B, h, M, d)."""
+    if weight.dim() == 4:
+        return z @ weight.unsqueeze(1)
+    return torch.stack([project(z, w) for w in weight])
+
+
 def interact_backward(
         z: Tensor, weight: Tensor, proj: Optional[Tensor], residual: bool,
+        done: Interacted,
         grad: Tensor) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
     """Gradients of z, weight and proj of :func:`mmrpa.ops.interact`."""
+    q, k, v = done.qkv
     scale = z.shape[-1]**-0.5
-    q, k, v = (project(z, w) for w in weight)
-    a = ((q * scale) @ k.transpose(-2, -1)).softmax(-1)
-    grad_z = grad if residual else torch.zeros_like(grad)
+    grad_z = grad if residual else None
     grad_proj = None
     if proj is not None:
-        grad_proj = _outer(a @ v, grad, proj)
+        grad_proj = _outer(done.a @ v, grad, proj)
         grad = project(grad, proj.mT)
-    grad_logits = softmax_backward(a, grad @ v.transpose(-2, -1)) * scale
-    grads = (grad_logits @ k, grad_logits.transpose(-2, -1) @ q,
-             a.transpose(-2, -1) @ grad)
-    for g, w in zip(grads, weight, strict=True):
-        grad_z = grad_z + project(g, w.mT)
-    grad_weight = torch.stack(
-        [_outer(z, g, w) for g, w in zip(grads, weight, strict=True)])
-    return grad_z, grad_weight, grad_proj
+    grad_logits = softmax_backward(done.a, grad @ v.mT) * scale
+    grads = torch.stack(
+        (grad_logits @ k, grad_logits.mT @ q, done.a.mT @ grad))
+    if weight.dim() == 4:
+        through = (grads @ weight.mT.unsqueeze(1)).sum(0)
+        grad_weight = (z.mT @ grads).sum(1)
+    else:
+        through = sum(project(g, w.mT)
+                      for g, w in zip(grads, weight, strict=True))
+        grad_weight = torch.stack(
+            [_outer(z, g, w) for g, w in zip(grads, weight, strict=True)])
+    return through if grad_z is None else grad_z + through, grad_weight, \
+        grad_proj
 
 
 def _outer(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
@@ -275,76 +309,52 @@ def _outer(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
     return x.T @ grad
 
 
-def convolve(v: Tensor, weight: Tensor, bias: Optional[Tensor],
-             hw_shape: Tuple[int, int]) -> Tensor:
-    """Depth-wise convolution of V's map, (B, N, h, d) to the same.
+def add_convolution(out: Tensor, v: Tensor, weight: Tensor,
+                    bias: Optional[Tensor], hw_shape: Tuple[int, int]) -> None:
+    """Add the depth-wise convolution of V's map to ``out``, (B, N, h, d).
 
-    The N - H * W tokens in front are not of the map, and get zeros.
+    The N - H * W tokens in front are not of the map, and get nothing.
     """
-    maps, num_cls = _to_map(v, hw_shape)
-    weight = weight.to(v.dtype)
-    bias = None if bias is None else bias.to(v.dtype)
-    if _shifts_pay(v):
-        out = v.new_empty(v.shape)
-        out[:, :num_cls] = 0
-        shifts.convolve_all(maps, shifts.taps(weight), bias,
-                            _to_map(out, hw_shape)[0])
-        return out
-    local = F.conv2d(
-        _channels_last(maps), weight, bias, padding=weight.shape[-1] // 2,
-        groups=weight.shape[0])
-    local = local.permute(0, 2, 3, 1).reshape(v[:, num_cls:].shape)
-    return F.pad(local, (0, 0, 0, 0, num_cls, 0)) if num_cls else local
+    maps, out_maps = _to_map(v, hw_shape), _to_map(out, hw_shape)
+    weight, bias = _cast(v.dtype, weight, bias)
+    for images, rows in convolution.bands(maps):
+        out_maps[images, rows] += convolution.convolve(
+            maps[images], weight, bias, rows)
 
 
 def convolve_backward(
         v: Tensor, weight: Tensor, bias: Optional[Tensor],
         hw_shape: Tuple[int, int], grad_out: Tensor,
         grad_v: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
-    """Write the gradient of v; return those of weight and bias."""
-    maps, num_cls = _to_map(v, hw_shape)
-    grad_maps, _ = _to_map(grad_out, hw_shape)
-    weight = weight.to(v.dtype)
-    grad_v[:, :num_cls].zero_()
-    if _shifts_pay(v):
-        # A correlation with the same taps, the other way round.
-        shifts.convolve_all(grad_maps, shifts.taps(weight).flip(0), None,
-                            _to_map(grad_v, hw_shape)[0])
-        grad_taps = shifts.kernel_gradient_all(maps, grad_maps,
-                                               weight.shape[-1])
-        return (grad_taps.t().reshape(weight.shape),
-                None if bias is None else grad_maps.sum((0, 1, 2)))
-    grad_map, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-        _channels_last(grad_maps), _channels_last(maps), weight,
-        None if bias is None else list(bias.shape),
-        [1, 1], [weight.shape[-1] // 2] * 2, [1, 1], False, [0, 0],
-        weight.shape[0], [True, True, bias is not None])
-    grad_v[:, num_cls:].copy_(
-        grad_map.permute(0, 2, 3, 1).reshape(v[:, num_cls:].shape))
+    """Add the gradient of v; return those of weight and bias."""
+    maps, grad_maps, grad_v_maps = (
+        _to_map(t, hw_shape) for t in (v, grad_out, grad_v))
+    dtype = compute_dtype(v.dtype)
+    grad_weight = weight.new_zeros(weight.shape, dtype=dtype)
+    grad_bias = None if bias is None else bias.new_zeros(bias.shape,
+                                                         dtype=dtype)
+    weight, = _cast(v.dtype, weight)
+    for images, rows in convolution.bands(maps):
+        grad_v_maps[images, rows] += convolution.convolve_input_gradient(
+            grad_maps[images], weight, rows)
+        grads = convolution.kernel_gradient(
+            maps[images], grad_maps[images, rows], weight, bias is not None,
+            rows)
+        grad_weight += grads[0]
+        if bias is not None:
+            grad_bias += grads[1]
     return grad_weight, grad_bias
 
 
-def _shifts_pay(x: Tensor) -> bool:
-    """Shifts round each of their sums, which half precision can not afford."""
-    return (x.device.type == 'cpu'
-            and x.dtype in (torch.float32, torch.float64))
+def _cast(dtype: torch.dtype,
+          *tensors: Optional[Tensor]) -> List[Optional[Tensor]]:
+    return [None if t is None else t.to(dtype) for t in tensors]
 
 
-def _to_map(x: Tensor, hw_shape: Tuple[int, int]) -> Tuple[Tensor, int]:
-    """Tokens (B, N, h, d) to a view (B, H, W, C), and how many are before.
-    """
+def _to_map(x: Tensor, hw_shape: Tuple[int, int]) -> Tensor:
+    """Tokens (B, N, h, d) to a view (B, H, W, C) of those of the map."""
     num_cls = x.shape[1] - hw_shape[0] * hw_shape[1]
-    return x[:, num_cls:].unflatten(1, hw_shape).flatten(3), num_cls
-
-
-def _channels_last(maps: Tensor) -> Tensor:
-    """(B, H, W, C) to (B, C, H, W), channels last.
-
-    The copy pays: on a strided view torch's depth-wise convolution takes
-    several times as long.
-    """
-    return maps.permute(0, 3, 1, 2).contiguous(
-        memory_format=torch.channels_last)
+    return x[:, num_cls:].unflatten(1, hw_shape).flatten(3)
 
 
 def forward(
@@ -372,13 +382,11 @@ def forward(
         tuple[Tensor, Representatives]: The output (B, N, h, d), contiguous,
         and what backward wants to have kept.
     """
-    if dwc_weight is None:
-        out = q.new_empty(q.shape)
-    else:
-        out = convolve(v, dwc_weight, dwc_bias, hw_shape).contiguous()
     reps = gather(k, v, anchors, options.routing, options.reduction)
-    v_rep = interact(reps.z, weight, proj, options.residual)
-    distribute(q, reps.k, v_rep, options.scale, out, dwc_weight is not None)
+    v_rep = interact(reps.z, weight, proj, options.residual).v_rep
+    out = distribute(q, reps.k, v_rep, options.scale)
+    if dwc_weight is not None:
+        add_convolution(out, v, dwc_weight, dwc_bias, hw_shape)
     return out, reps
 
 
@@ -395,17 +403,16 @@ def backward(
     In the order of the arguments. That of the anchors is (h, M, d) also where
     the heads share them.
     """
-    v_rep = interact(reps.z, weight, proj, options.residual)
-    grad_k_rep, grad_v_rep = distribute_backward(q, reps.k, v_rep,
-                                                 options.scale, grad_out,
-                                                 grad_q)
+    done = interact(reps.z, weight, proj, options.residual)
+    grad_k_rep, grad_v_rep = distribute_backward(
+        q, reps.k, done.v_rep, options.scale, grad_out, grad_q)
     grad_z, grad_weight, grad_proj = interact_backward(
-        reps.z, weight, proj, options.residual, grad_v_rep)
+        reps.z, weight, proj, options.residual, done, grad_v_rep)
+    grad_anchors = gather_backward(k, v, anchors, reps, grad_k_rep, grad_z,
+                                   options.routing, options.reduction, grad_k,
+                                   grad_v)
     grad_dwc = (None, None)
     if dwc_weight is not None:
         grad_dwc = convolve_backward(v, dwc_weight, dwc_bias, hw_shape,
                                      grad_out, grad_v)
-    grad_anchors = gather_backward(k, v, anchors, reps, grad_k_rep, grad_z,
-                                   options.routing, options.reduction, grad_k,
-                                   grad_v, dwc_weight is not None)
     return (grad_anchors, grad_weight, grad_proj, *grad_dwc)

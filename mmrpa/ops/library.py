@@ -195,9 +195,9 @@ def _forward_flops(qkv, anchors, interact_weight, interact_proj, dwc_weight,
 def _backward_flops(grad_out, qkv, anchors, interact_weight, interact_proj,
                     dwc_weight, dwc_bias, k_rep, z, mass, height, width,
                     *args, out_shape=None, **kwargs) -> int:
-    # Routing and attention are recomputed; so is Interact, once for V_rep and
-    # once, up to what its own gradient needs, with that.
-    pairs = 7 if interact_proj is None else 8
+    # Routing, attention and Interact are recomputed; a gradient of Interact's
+    # projection takes what was projected once more.
+    pairs = 6 if interact_proj is None else 7
     return operator_flops(qkv, anchors, interact_weight, interact_proj,
                           dwc_weight, height, width,
-                          Passes(12, pairs, 4, 3, 2))
+                          Passes(12, pairs, 3, 3, 2))

@@ -10,7 +10,6 @@ from . import absorbed
 from .absorbed import Kept, Weights
 from .fused import Options, Representatives
 from .library import Passes, operator_flops
-from .shifts import taps
 
 NUM_TENSORS = 10  # the arguments up to out_bias
 
@@ -47,7 +46,8 @@ def _weights(heads: int, qkv_weight: Tensor, qkv_bias: Optional[Tensor],
     return Weights(q, k, v, out_weight.contiguous(), q_bias, k_bias, v_bias,
                    zeros[:channels] if out_bias is None else out_bias,
                    anchors.expand(heads, -1, -1).contiguous(),
-                   interact_weight, interact_proj, taps(dwc_weight), dwc_bias)
+                   interact_weight, interact_proj, dwc_weight.contiguous(),
+                   dwc_bias)
 
 
 @torch.library.custom_op('mmrpa::rp_attention_layer', mutates_args=())
@@ -108,9 +108,8 @@ def _layer_backward(
     anchors_grad = grad.anchors
     if anchors.shape[0] == 1:
         anchors_grad = anchors_grad.sum(0, keepdim=True)
-    taps_grad = grad.taps.t().reshape(dwc_weight.shape)
     grads = (qkv_grad, bias_grad, anchors_grad, grad.interact,
-             grad.interact_proj, taps_grad, grad.taps_bias, grad.out,
+             grad.interact_proj, grad.dwc, grad.dwc_bias, grad.out,
              grad.out_bias)
     return [grad_x] + [g for g, p in zip(grads, params, strict=True)
                        if p is not None]

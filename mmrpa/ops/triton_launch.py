@@ -214,15 +214,15 @@ def backward(
     def empty(*shape: int) -> Tensor:
         return anchors.new_empty(batch, heads, *shape)
 
-    v_rep = interact(reps.z, weight, proj, options.residual).contiguous()
+    done = fused.interact(reps.z, weight, proj, options.residual)
     parts = empty(tile.splits, m, dims), empty(tile.splits, m, dims)
     grid = (tile.splits, batch * heads, tile.blocks)
     kernels.distribute_backward_kernel[grid](
-        q, reps.k, v_rep, grad_out, grad_q, *parts,
+        q, reps.k, done.v_rep.contiguous(), grad_out, grad_q, *parts,
         *_strides(q, grad_out, grad_q), options.scale, num_tokens, m, dims,
         heads, tile.split_tokens, **tile.constants)
     routed, grad_weight, grad_proj = _interact_backward(
-        parts, weight, proj, options, reps, tile)
+        parts, weight, proj, options, reps, done, tile)
 
     size, dwc_weight_, _ = _convolution(dwc_weight, dwc_bias, v)
     anchors_part = empty(tile.splits, m, dims)
@@ -247,7 +247,8 @@ def backward(
 
 def _interact_backward(
     parts: Tuple[Tensor, Tensor], weight: Tensor, proj: Optional[Tensor],
-    options: Options, reps: Representatives, tile: Tiles
+    options: Options, reps: Representatives, done: fused.Interacted,
+    tile: Tiles
 ) -> Tuple[Tuple[Tensor, ...], Tensor, Optional[Tensor]]:
     """From the parts of dK_rep and dV_rep to what Gather's backward wants.
 
@@ -271,7 +272,7 @@ def _interact_backward(
     grad_k, grad_v_rep = (part.sum(2) for part in parts)
     grad_k = grad_k * options.scale
     grad_z, grad_weight, grad_proj = fused.interact_backward(
-        reps.z, weight, proj, options.residual, grad_v_rep)
+        reps.z, weight, proj, options.residual, done, grad_v_rep)
     offset = torch.zeros_like(reps.mass)
     if mean:
         grad_k, grad_z, offset = fused.mean_backward(reps, grad_k, grad_z)

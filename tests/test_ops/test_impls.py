@@ -13,7 +13,7 @@ from operands import (
     run,
 )
 
-from mmrpa.ops import fused, rp_attention, rp_attention_qkv
+from mmrpa.ops import distribute, fused, rp_attention, rp_attention_qkv
 
 OPTIONS = {
     'default': {},
@@ -164,8 +164,22 @@ def test_many_pieces_equal_one(monkeypatch, size, options):
     monkeypatch.setattr(fused, 'pieces', spy)
     tensors = make_qkv_inputs(batch=3, n=13)
     check('fused', tensors, 'naive', num_heads=2, hw_shape=(3, 4), **options)
-    # Gather and Distribute, forward and backward.
-    assert len(cuts) >= 4 and min(len(cut) for cut in cuts) > 1
+    # Gather forward and backward, Distribute backward.
+    assert len(cuts) >= 3 and min(len(cut) for cut in cuts) > 1
+
+
+@pytest.mark.parametrize('size', [1, 5, 10**6])
+def test_distribute_in_pieces_equals_one_attention(monkeypatch, size):
+    """What other devices than the CPU do; there torch has it in one call."""
+    monkeypatch.setattr(fused, 'CPU_PIECE_BYTES', 1)
+    monkeypatch.setattr(fused, 'MIN_PIECE_TOKENS', size)
+    q = torch.randn(2, 13, 3, 4).bfloat16()
+    k_rep, v_rep = torch.randn(2, 2, 3, 5, 4).unbind()
+    expected = distribute(q.transpose(1, 2).float(), k_rep, v_rep, 0.3)
+    out = fused.distribute(q, k_rep, v_rep, 0.3)
+    assert out.dtype == q.dtype
+    torch.testing.assert_close(out.float(), expected.transpose(1, 2),
+                               rtol=2**-8, atol=0)
 
 
 # Precision.

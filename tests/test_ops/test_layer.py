@@ -12,9 +12,9 @@ from mmrpa.layers import RPAttention
 from mmrpa.ops import (
     absorbed,
     computes_layer,
+    convolution,
     rp_attention_layer,
     rp_attention_qkv,
-    shifts,
 )
 
 OPTIONS = {
@@ -128,7 +128,7 @@ def test_strides_do_not_matter(layout):
     check(tensors, rp_attention_qkv, num_heads=2, hw_shape=(2, 3))
 
 
-# Shifts.
+# The convolution.
 
 
 @pytest.mark.parametrize('size', [1, 3, 5])
@@ -136,22 +136,35 @@ def test_strides_do_not_matter(layout):
 @pytest.mark.parametrize('batch,height,width', [
     (1, 1, 1), (2, 1, 6), (1, 7, 2), (3, 4, 5)])
 @pytest.mark.parametrize('band', [1, 300, 10**6])
-def test_shifts_equal_torchs_convolution(monkeypatch, size, bias, batch,
-                                         height, width, band):
-    monkeypatch.setattr(shifts, 'BAND_BYTES', band)
-    maps = torch.randn(batch, height, width, 4).double()
+def test_bands_equal_one_convolution(monkeypatch, size, bias, batch, height,
+                                     width, band):
+    monkeypatch.setattr(convolution, 'CPU_BAND_BYTES', band)
+    wide = torch.randn(batch, height, width, 8).double()
+    maps = wide[..., 2:6].requires_grad_()  # not dense
     weight = torch.randn(4, 1, size, size).double().requires_grad_()
-    bias = torch.randn(4).double() if bias else None
-    expected = F.conv2d(maps.permute(0, 3, 1, 2), weight, bias,
-                        padding=size // 2, groups=4)
-    out = torch.full_like(maps, float('nan'))
-    shifts.convolve_all(maps, shifts.taps(weight.detach()), bias, out)
-    torch.testing.assert_close(out.permute(0, 3, 1, 2), expected.detach())
-    grad = torch.randn_like(maps)
-    expected, = torch.autograd.grad(expected, weight,
-                                    grad.permute(0, 3, 1, 2))
-    torch.testing.assert_close(
-        shifts.kernel_gradient_all(maps, grad, size), shifts.taps(expected))
+    offset = torch.randn(4).double().requires_grad_() if bias else None
+    leaves = [t for t in (maps, weight, offset) if t is not None]
+    expected = F.conv2d(maps.permute(0, 3, 1, 2).contiguous(), weight, offset,
+                        padding=size // 2, groups=4).permute(0, 2, 3, 1)
+    grad = torch.randn(batch, height, width, 4).double()
+    expected_grads = torch.autograd.grad(expected, leaves, grad)
+    with torch.no_grad():
+        out, grad_maps = (torch.full_like(maps, float('nan'))
+                          for _ in range(2))
+        grad_weight, grad_offset = torch.zeros_like(weight), 0
+        for images, rows in convolution.bands(maps):
+            out[images, rows] = convolution.convolve(
+                maps[images], weight, offset, rows)
+            grad_maps[images, rows] = convolution.convolve_input_gradient(
+                grad[images], weight, rows)
+            parts = convolution.kernel_gradient(
+                maps[images], grad[images, rows], weight, bias, rows)
+            grad_weight += parts[0]
+            grad_offset += parts[1] if bias else 0
+    torch.testing.assert_close(out, expected.detach())
+    for actual, wanted in zip((grad_maps, grad_weight, grad_offset),
+                              expected_grads, strict=False):
+        torch.testing.assert_close(actual, wanted)
 
 
 # The rule.
@@ -348,10 +361,10 @@ def test_flops_are_those_of_the_parts(form):
         counts.append((forward, counter.get_total_flops() - forward))
     assert counts[0][0] == counts[1][0]
     # By parts, Distribute's and Gather's logits are computed again, Interact
-    # too: two products of N x M x d, three of M x M x d, and its weights.
+    # too: two products of N x M x d, two of M x M x d, and its weights.
     batch, n, heads, m, d = 2, 7, 2, 3, 4
-    again = heads * (2 * n * m * d + 3 * m * m * d)
-    again += 2 * m * 3 * tensors['interact_weight'][0].numel()
+    again = heads * (2 * n * m * d + 2 * m * m * d)
+    again += m * 3 * tensors['interact_weight'][0].numel()
     if form:
         again += m * tensors['interact_proj'].numel() + heads * m * m * d
     assert counts[1][1] - counts[0][1] == 2 * batch * again

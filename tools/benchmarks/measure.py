@@ -1,6 +1,7 @@
 """Time callables against each other, count what they keep, write JSON."""
 
 import argparse
+import ctypes
 import json
 import math
 import os
@@ -30,6 +31,9 @@ DTYPES = ('float32', 'bfloat16', 'float16')
 MODES = dict(forward=('forward', ), train=('train', ),
              both=('forward', 'train'))
 MIN_ROUNDS = 5
+ALLOCATORS = ('keep', 'default')
+# glibc's mallopt: never give back the top of the heap, never map a block.
+MALLOC_OPTIONS = {-1: -1, -4: 0}  # M_TRIM_THRESHOLD, M_MMAP_MAX
 # Twice the L2 of an H200, so that writing it leaves nothing else in there.
 FLUSH_BYTES = 128 * 2**20
 Call = Callable[[], Any]
@@ -360,6 +364,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         'call takes longer, and say so (default: %(default)s)')
     parser.add_argument('--threads', type=int, metavar='N',
                         help="threads of torch on the CPU; default: torch's")
+    parser.add_argument('--allocator',
+                        help='what the C library does with freed memory on '
+                        f'the CPU, one of {", ".join(ALLOCATORS)}: "keep" '
+                        'keeps it, so that what one peer frees does not '
+                        'decide how much the next one pays for fresh pages; '
+                        'default: keep with glibc, which alone can')
     parser.add_argument('--flush-l2', action='store_true',
                         help="overwrite the GPU's L2 before each call")
     parser.add_argument('--out', type=Path, metavar='JSON',
@@ -399,8 +409,29 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.out is not None and not args.out.parent.is_dir():
         raise ValueError(f'--out {args.out}: there is no folder '
                          f'{args.out.parent}; make it first')
+    check_known('--allocator', [args.allocator or 'keep'], ALLOCATORS)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    if args.allocator != 'default':
+        kept = keep_freed_memory()
+        if args.allocator == 'keep' and not kept:
+            raise ValueError('--allocator keep needs glibc, which this '
+                             'system lacks; use --allocator default')
+        args.allocator = 'keep' if kept else 'default'
+
+
+def keep_freed_memory() -> bool:
+    """Make the C library keep what is freed, if it is glibc.
+
+    glibc hands large blocks back to the system, from a size that depends on
+    what was freed before, and the system clears a page at its next use. Other
+    allocators, those that torch's tuning guide recommends among them, keep
+    the memory.
+    """
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
+    return mallopt is not None and all(
+        mallopt(option, value) == 1
+        for option, value in MALLOC_OPTIONS.items())
 
 
 def check_known(option: str, values: Sequence[str],
@@ -451,7 +482,7 @@ def make_report(tool: str, args: argparse.Namespace, argv: Sequence[str],
     shared = {
         name: getattr(args, name)
         for name in ('device', 'dtype', 'batch', 'mode', 'rounds', 'min_time',
-                     'skip_over', 'flush_l2')
+                     'skip_over', 'allocator', 'flush_l2')
     }
     return dict(tool=tool,
                 command=shlex.join(['python', f'tools/{tool}.py', *argv]),
