@@ -5,8 +5,9 @@ from typing import Tuple
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_int, check_number, check_tensor
 from .init import init_vit_
-from .plain import is_plain
+from .plain import is_exporting, is_plain
 
 # Hidden activations of a piece of tokens that the FFN takes at a time.
 PIECE_BYTES = 4 * 2**20
@@ -22,8 +23,9 @@ class DropPath(nn.Module):
 
     def __init__(self, rate: float = 0.) -> None:
         super().__init__()
+        check_number('rate', rate)
         if not 0 <= rate < 1:
-            raise ValueError(f'drop path rate must be in [0, 1), got {rate}')
+            raise ValueError(f'rate of DropPath must be in [0, 1), got {rate}')
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,6 +55,9 @@ class FFN(nn.Sequential):
                  embed_dims: int,
                  hidden_dims: int,
                  drop_rate: float = 0.) -> None:
+        check_int('embed_dims', embed_dims, 1)
+        check_int('hidden_dims', hidden_dims, 1)
+        check_number('drop_rate', drop_rate, 0, 1)
         super().__init__(
             nn.Linear(embed_dims, hidden_dims), nn.GELU(),
             nn.Dropout(drop_rate), nn.Linear(hidden_dims, embed_dims),
@@ -80,6 +85,15 @@ class TransformerBlock(nn.Module):
                  drop_path_rate: float = 0.,
                  norm_eps: float = 1e-5) -> None:
         super().__init__()
+        if not isinstance(attn, nn.Module):
+            raise TypeError(f'attn must be a module, got {attn!r}')
+        check_int('embed_dims', embed_dims, 1)
+        check_number('mlp_ratio', mlp_ratio)
+        check_number('drop_path_rate', drop_path_rate)
+        check_number('norm_eps', norm_eps, 0)
+        if int(embed_dims * mlp_ratio) < 1:
+            raise ValueError(f'mlp_ratio={mlp_ratio!r} leaves the FFN no '
+                             f'hidden channels of {embed_dims}')
         self.norm1 = nn.LayerNorm(embed_dims, eps=norm_eps)
         self.attn = attn
         self.norm2 = nn.LayerNorm(embed_dims, eps=norm_eps)
@@ -88,6 +102,11 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, hw_shape: Tuple[int, int]) -> Tensor:
         """Tokens (B, N, C) of a map (H, W) to the same shape."""
+        check_tensor('x', x, 3, '(B, N, C)')
+        if x.shape[-1] != self.norm1.normalized_shape[0]:
+            raise ValueError(
+                f'x must be (B, N, {self.norm1.normalized_shape[0]}), got '
+                f'{tuple(x.shape)}')
         x = x + self.drop_path(self.attn(self.norm1(x), hw_shape))
         if self._can_cut(x):
             return self._add_ffn_(x)
@@ -100,7 +119,8 @@ class TransformerBlock(nn.Module):
         once, on all tokens.
         """
         return (x.device.type == 'cpu' and not torch.is_grad_enabled()
-                and not self.training and x.is_contiguous()
+                and not self.training and not is_exporting()
+                and x.is_contiguous()
                 and is_plain(self.norm2, nn.LayerNorm)
                 and is_plain(self.ffn, FFN)
                 and all(is_plain(m, type(m)) for m in self.ffn))

@@ -6,7 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..arguments import (
+    check_dtype,
+    check_int,
+    check_number,
+    check_pair,
+    check_tensor,
+)
 from .init import LINEAR_STD, init_vit_
+from .plain import is_exporting
+from .shapes import missing
 
 
 def resize_grid(grid: Tensor, hw_shape: Tuple[int, int]) -> Tensor:
@@ -14,7 +23,8 @@ def resize_grid(grid: Tensor, hw_shape: Tuple[int, int]) -> Tensor:
 
     Bicubic, as DeiT does; the identity where the size fits already.
     """
-    if tuple(grid.shape[1:3]) != tuple(hw_shape):
+    # An export is for all sizes; resizing to the same one changes no bit.
+    if is_exporting() or tuple(grid.shape[1:3]) != tuple(hw_shape):
         dtype = grid.dtype
         grid = F.interpolate(
             grid.permute(0, 3, 1, 2).float(),
@@ -70,7 +80,9 @@ class PositionEmbed(nn.Module):
                  hw_shape: Tuple[int, int],
                  num_extra: int = 0) -> None:
         super().__init__()
-        self.hw_shape = tuple(hw_shape)
+        check_int('embed_dims', embed_dims, 1)
+        check_int('num_extra', num_extra, 0)
+        self.hw_shape = check_pair('hw_shape', hw_shape)
         self.num_extra = num_extra
         self.pos_embed = nn.Parameter(
             torch.empty(1, num_extra + hw_shape[0] * hw_shape[1], embed_dims))
@@ -78,6 +90,14 @@ class PositionEmbed(nn.Module):
 
     def forward(self, x: Tensor, hw_shape: Tuple[int, int]) -> Tensor:
         """Add the table to tokens (B, num_extra + H * W, C)."""
+        channels = self.pos_embed.shape[-1]
+        what = f'(B, {self.num_extra} + H * W, {channels})'
+        check_tensor('x', x, 3, what)
+        height, width = check_pair('hw_shape', hw_shape)
+        if (x.shape[-1] != channels
+                or x.shape[1] != self.num_extra + height * width):
+            raise ValueError(f'x must be {what} for hw_shape={height, width}, '
+                             f'got {tuple(x.shape)}')
         extra = self.pos_embed[:, :self.num_extra]
         grid = self.pos_embed[:, self.num_extra:].unflatten(1, self.hw_shape)
         return x + torch.cat((extra, resize_grid(grid, hw_shape)), dim=1)
@@ -88,6 +108,16 @@ class PositionEmbed(nn.Module):
             state_dict[key] = resize_table(state_dict[key], self.hw_shape, key,
                                            self.num_extra)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _check_map(x: Tensor, weight: Tensor, channels: int) -> Tuple[int, int]:
+    """Check a map (B, C_in, H, W), and return H and W."""
+    what = f'a map (B, {channels}, H, W)'
+    check_tensor('x', x, 4, what)
+    if x.shape[1] != channels or min(x.shape[-2:]) < 1:
+        raise ValueError(f'x must be {what}, got {tuple(x.shape)}')
+    check_dtype(x, weight)
+    return x.shape[-2], x.shape[-1]
 
 
 class PatchEmbed(nn.Module):
@@ -111,6 +141,15 @@ class PatchEmbed(nn.Module):
                  padding: int = 0,
                  norm_eps: Optional[float] = None) -> None:
         super().__init__()
+        for name, value, low in (('in_channels', in_channels, 1),
+                                 ('embed_dims', embed_dims, 1),
+                                 ('stride', stride, 1),
+                                 ('padding', padding, 0)):
+            check_int(name, value, low)
+        if kernel_size is not None:
+            check_int('kernel_size', kernel_size, 1)
+        if norm_eps is not None:
+            check_number('norm_eps', norm_eps, 0)
         self.stride = stride
         self.projection = nn.Conv2d(in_channels, embed_dims, kernel_size
                                     or stride, stride, padding)
@@ -125,8 +164,10 @@ class PatchEmbed(nn.Module):
             tuple: (B, N, C) and (ceil(H / stride), ceil(W / stride)): the
             input is zero-padded at the right and bottom to whole strides.
         """
-        height, width = x.shape[-2:]
-        x = F.pad(x, (0, -width % self.stride, 0, -height % self.stride))
+        height, width = _check_map(x, self.projection.weight,
+                                   self.projection.in_channels)
+        x = F.pad(x, (0, missing(width, self.stride), 0,
+                      missing(height, self.stride)))
         x = self.projection(x)
         hw_shape = tuple(x.shape[-2:])
         x = x.flatten(2).transpose(1, 2)
@@ -143,14 +184,18 @@ class PatchMerging(nn.Module):
 
     def __init__(self, in_channels: int, embed_dims: int) -> None:
         super().__init__()
+        check_int('in_channels', in_channels, 1)
+        check_int('embed_dims', embed_dims, 1)
         self.norm = nn.LayerNorm(4 * in_channels)
         self.reduction = nn.Linear(4 * in_channels, embed_dims, bias=False)
         init_vit_(self)
 
     def forward(self, x: Tensor) -> Tuple[Tensor, Tuple[int, int]]:
         """Map (B, C_in, H, W) to (B, N, C) and (ceil(H / 2), ceil(W / 2))."""
-        height, width = x.shape[-2:]
-        x = F.pad(x, (0, width % 2, 0, height % 2)).permute(0, 2, 3, 1)
+        height, width = _check_map(x, self.reduction.weight,
+                                   self.reduction.in_features // 4)
+        x = F.pad(x, (0, missing(width, 2), 0, missing(height, 2)))
+        x = x.permute(0, 2, 3, 1)
         # The order of the official weights: top left, bottom left, top right,
         # bottom right.
         x = torch.cat([x[:, i::2, j::2] for j in (0, 1) for i in (0, 1)], -1)

@@ -1,24 +1,21 @@
 """Argument checks that all attention layers share."""
 
-from typing import Any, Optional, Sequence, Tuple
+from typing import Optional, Tuple
 
 import torch
 from torch import Tensor
 
+from ..arguments import check_int, check_pair, check_tensor
+
 
 def check_heads(embed_dims: int, num_heads: int) -> None:
     """Raise ValueError unless ``num_heads`` divides ``embed_dims``."""
-    if num_heads < 1 or embed_dims < 1 or embed_dims % num_heads:
+    check_int('embed_dims', embed_dims, 1)
+    check_int('num_heads', num_heads, 1)
+    if embed_dims % num_heads:
         raise ValueError(
             f'embed_dims must be divisible by num_heads, got embed_dims='
             f'{embed_dims} and num_heads={num_heads}')
-
-
-def check_one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:
-    """Raise ValueError unless ``value`` is one of ``allowed``."""
-    if value not in allowed:
-        raise ValueError(
-            f'{name} must be one of {tuple(allowed)}, got {value!r}')
 
 
 def check_tokens(x: Tensor,
@@ -31,16 +28,18 @@ def check_tokens(x: Tensor,
         int: The number of CLS tokens in front, 0 or 1.
 
     Raises:
+        TypeError: x is not a floating-point tensor, hw_shape not (H, W).
         ValueError: x is not (B, N, embed_dims), hw_shape is missing, or N is
             neither H * W nor, where ``allow_cls``, H * W + 1.
     """
+    check_tensor('x', x)
     if x.dim() != 3 or x.shape[-1] != embed_dims:
         raise ValueError(f'x must be (B, N, {embed_dims}), got '
                          f'{tuple(x.shape)}')
     if hw_shape is None:
         raise ValueError('hw_shape=(H, W) is needed for tokens of shape '
                          f'{tuple(x.shape)}')
-    height, width = hw_shape
+    height, width = check_pair('hw_shape', hw_shape)
     num_cls = x.shape[1] - height * width
     if num_cls not in ((0, 1) if allow_cls else (0, )):
         raise ValueError(
@@ -52,7 +51,10 @@ def check_tokens(x: Tensor,
 
 def check_queries(queries: Tensor, hw_shape: Tuple[int, int]) -> None:
     """Raise ValueError unless these are indices (Q) of tokens of a map."""
-    height, width = hw_shape
+    height, width = check_pair('hw_shape', hw_shape)
+    if not isinstance(queries, Tensor):
+        raise TypeError('queries must be a tensor of integer indices (Q), '
+                        f'got {type(queries).__name__}')
     if (queries.dim() != 1 or queries.is_floating_point()
             or queries.dtype == torch.bool):
         raise ValueError('queries must be integer indices (Q), got '
@@ -62,3 +64,13 @@ def check_queries(queries: Tensor, hw_shape: Tuple[int, int]) -> None:
         raise ValueError(f'queries must be in [0, {height * width - 1}] for a '
                          f'map of {height}x{width} tokens, got '
                          f'{queries[outside].tolist()}')
+
+
+def missing(side: int, multiple: int) -> int:
+    """What a side lacks to the next multiple, 0 if it is one.
+
+    Not ``-side % multiple``: in an export sides are symbols, and of this form
+    the padded side is ``multiple * ceil(side / multiple)`` without the modulo,
+    which the next layer's sizes are then computed from.
+    """
+    return (side + multiple - 1) // multiple * multiple - side

@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..arguments import check_bool, check_dtype, check_int, check_number
 from .embed import resize_table
 from .init import LINEAR_STD, init_vit_
+from .plain import is_exporting
 from .shapes import check_heads, check_tokens
-from .windows import HW, pad_to_multiple, partition, unpartition
+from .windows import HW, pad_to_multiple, partition, roll, unpartition
 
 
 def _heads(x: Tensor, num_heads: int) -> Tensor:
@@ -33,6 +35,13 @@ def _attend(q: Tensor,
     return out.transpose(1, 2).flatten(2)
 
 
+def _check_common(embed_dims: int, num_heads: int, qkv_bias: bool,
+                  proj_drop: float) -> None:
+    check_heads(embed_dims, num_heads)
+    check_bool('qkv_bias', qkv_bias)
+    check_number('proj_drop', proj_drop, 0, 1)
+
+
 class DenseAttention(nn.Module):
     """Multi-head self-attention over all tokens, quadratic in N (ViT, DeiT).
 
@@ -49,7 +58,7 @@ class DenseAttention(nn.Module):
                  qkv_bias: bool = True,
                  proj_drop: float = 0.) -> None:
         super().__init__()
-        check_heads(embed_dims, num_heads)
+        _check_common(embed_dims, num_heads, qkv_bias, proj_drop)
         self.embed_dims = embed_dims
         self.num_heads = num_heads
         self.qkv = nn.Linear(embed_dims, 3 * embed_dims, bias=qkv_bias)
@@ -60,6 +69,7 @@ class DenseAttention(nn.Module):
     def forward(self, x: Tensor, hw_shape: HW) -> Tensor:
         """Mix tokens (B, N, C); a CLS token may stand first."""
         check_tokens(x, hw_shape, self.embed_dims, allow_cls=True)
+        check_dtype(x, self.proj.weight)
         out = _attend(*self.qkv(x).chunk(3, dim=-1), self.num_heads)
         return self.proj_drop(self.proj(out))
 
@@ -82,7 +92,8 @@ class SpatialReductionAttention(nn.Module):
                  qkv_bias: bool = True,
                  proj_drop: float = 0.) -> None:
         super().__init__()
-        check_heads(embed_dims, num_heads)
+        _check_common(embed_dims, num_heads, qkv_bias, proj_drop)
+        check_int('sr_ratio', sr_ratio, 1)
         self.embed_dims = embed_dims
         self.num_heads = num_heads
         self.sr_ratio = sr_ratio
@@ -98,6 +109,7 @@ class SpatialReductionAttention(nn.Module):
     def forward(self, x: Tensor, hw_shape: HW) -> Tensor:
         """Mix tokens (B, N, C)."""
         check_tokens(x, hw_shape, self.embed_dims)
+        check_dtype(x, self.proj.weight)
         k, v = self.kv(self.reduce(x, hw_shape)).chunk(2, dim=-1)
         return self.proj_drop(
             self.proj(_attend(self.q(x), k, v, self.num_heads)))
@@ -110,8 +122,8 @@ class SpatialReductionAttention(nn.Module):
         # As PVT, the conv drops what is left over at the right and bottom;
         # only a map smaller than its kernel has to be padded.
         height, width = hw_shape
-        source = F.pad(source, (0, max(self.sr_ratio - width, 0), 0,
-                                max(self.sr_ratio - height, 0)))
+        source = F.pad(source, (0, torch.sym_max(self.sr_ratio - width, 0), 0,
+                                torch.sym_max(self.sr_ratio - height, 0)))
         return self.norm(self.sr(source).flatten(2).transpose(1, 2))
 
 
@@ -136,10 +148,9 @@ class WindowAttention(nn.Module):
                  qkv_bias: bool = True,
                  proj_drop: float = 0.) -> None:
         super().__init__()
-        check_heads(embed_dims, num_heads)
-        if window_size < 1:
-            raise ValueError(
-                f'window_size must be at least 1, got {window_size}')
+        _check_common(embed_dims, num_heads, qkv_bias, proj_drop)
+        check_int('window_size', window_size, 1)
+        check_bool('shift', shift)
         self.embed_dims = embed_dims
         self.num_heads = num_heads
         self.window_size = window_size
@@ -161,23 +172,26 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor, hw_shape: HW) -> Tensor:
         """Mix tokens (B, N, C)."""
         check_tokens(x, hw_shape, self.embed_dims)
+        check_dtype(x, self.proj.weight)
         window = (self.window_size, ) * 2
         height, width = hw_shape
         x = pad_to_multiple(x.unflatten(1, hw_shape), window)
         padded = x.shape[1:3]
         shifts = self.shifts(padded)
-        x = x.roll((-shifts[0], -shifts[1]), dims=(1, 2))
+        x = roll(x, (-shifts[0], -shifts[1]))
         windows = partition(x, window)  # (B * num_windows, w * w, C)
         out = _attend(*self.qkv(windows).chunk(3, dim=-1), self.num_heads,
                       self._bias(windows, padded, shifts))
         out = unpartition(out, window, padded)
-        out = out.roll(shifts, dims=(1, 2))[:, :height, :width].flatten(1, 2)
+        out = roll(out, shifts)[:, :height, :width].flatten(1, 2)
         return self.proj_drop(self.proj(out))
 
     def shifts(self, padded: HW) -> HW:
         """By how many tokens the windows of a padded map are shifted."""
-        return tuple(self.shift_size if side > self.window_size else 0
-                     for side in padded)
+        # No branch: a side may be a symbol. One window is not shifted.
+        return tuple(
+            self.shift_size * torch.sym_min(side // self.window_size - 1, 1)
+            for side in padded)
 
     def _bias(self, windows: Tensor, padded: HW, shifts: HW) -> Tensor:
         """Position bias (1, h, w², w²), with the shift mask per window."""
@@ -185,7 +199,7 @@ class WindowAttention(nn.Module):
         bias = self.relative_position_bias_table[
             self.relative_position_index.flatten()]
         bias = bias.view(1, area, area, -1).permute(0, 3, 1, 2)
-        if any(shifts):
+        if self.shift_size and (is_exporting() or any(shifts)):
             mask = shift_mask(padded, self.window_size, shifts, bias)
             images = windows.shape[0] // mask.shape[0]
             bias = (bias + mask.unsqueeze(1)).repeat(images, 1, 1, 1)
@@ -214,7 +228,9 @@ def shift_mask(padded: HW, window_size: int, shifts: HW,
     cyclic shift made neighbours."""
     regions = like.new_zeros((1, *padded, 1))
     for axis, (side, shift) in enumerate(zip(padded, shifts, strict=True)):
-        if shift:
+        # In an export all axes: where the shift is 0 the regions below differ
+        # between windows only, and nothing is masked.
+        if is_exporting() or shift:
             position = torch.arange(side, device=like.device)
             region = ((position >= side - window_size).int() +
                       (position >= side - shift).int())
@@ -249,7 +265,9 @@ class CrossShapedWindowAttention(nn.Module):
                  qkv_bias: bool = True,
                  proj_drop: float = 0.) -> None:
         super().__init__()
-        check_heads(embed_dims, num_heads)
+        _check_common(embed_dims, num_heads, qkv_bias, proj_drop)
+        if split_size is not None:
+            check_int('split_size', split_size)
         if split_size is not None and (split_size < 1 or num_heads % 2):
             raise ValueError(
                 'cross-shaped windows need split_size of at least 1 and an '
@@ -270,6 +288,7 @@ class CrossShapedWindowAttention(nn.Module):
     def forward(self, x: Tensor, hw_shape: HW) -> Tensor:
         """Mix tokens (B, N, C)."""
         check_tokens(x, hw_shape, self.embed_dims)
+        check_dtype(x, self.proj.weight)
         height, width = hw_shape
         x = x.unflatten(1, hw_shape)
         if self.split_size is not None:

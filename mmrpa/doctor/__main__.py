@@ -1,0 +1,7 @@
+"""Run the doctor."""
+
+import sys
+
+from .report import main
+
+sys.exit(main())

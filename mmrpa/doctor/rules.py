@@ -1,0 +1,277 @@
+"""From facts to findings: packages."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Callable, Dict, Iterator, Tuple
+
+from .facts import OPENCV
+from .findings import NOTE, PYTHONS, SETUPTOOLS, Finding, pin
+from .rules_gpu import GPU_RULES
+
+Facts = Dict[str, Any]
+# The fork of each package, whose files are those of the original.
+FORKS = dict(mmengine='onedl-mmengine', mmcv='onedl-mmcv',
+             mmdet='onedl-mmdetection', mmseg='onedl-mmsegmentation',
+             mmpretrain='onedl-mmpretrain')
+BUILD_MMCV = ('pip uninstall -y mmcv mmcv-lite mmcv-full onedl-mmcv && pip '
+              "install 'setuptools>=77,<82' wheel ninja && MMCV_WITH_OPS=1 "
+              'pip install --no-deps --no-build-isolation --no-cache-dir '
+              f"--no-binary=onedl-mmcv {pin('onedl-mmcv')}")
+_OLD_NUMPY = ('compiled using NumPy 1.x', '_ARRAY_API not found',
+              'Numpy is not available', 'numpy.core.multiarray failed',
+              'numpy.dtype size changed', 'module compiled against ')
+
+
+def find_problems(facts: Facts) -> list[Finding]:
+    """Apply all rules, the causes before what follows from them."""
+    found = [finding for rule in RULES for finding in rule(facts)]
+    return found + list(_other_imports(facts, found))
+
+
+def _python(facts: Facts) -> Iterator[Finding]:
+    version = tuple(facts['python'][:2])
+    if not PYTHONS[0] <= version <= PYTHONS[1]:
+        low, high = ('.'.join(map(str, v)) for v in PYTHONS)
+        yield Finding(
+            'python', f'Python {version[0]}.{version[1]} is not supported, '
+            f'{low} to {high} is: the hosts have no releases for others',
+            'make setup PYTHON=python3.11')
+
+
+def _torch(facts: Facts) -> Iterator[Finding]:
+    result = facts['probes']['torch']
+    if 'error' not in result:
+        return
+    install = f"pip install {pin('torch')} {pin('torchvision')}"
+    if result['missing'] == 'torch':
+        yield Finding('torch-missing', 'torch is not installed', install)
+    else:
+        yield Finding('torch-broken', 'torch cannot be imported: ' +
+                      result['error'],
+                      install.replace('install', 'install --force-reinstall'))
+
+
+def _torchvision(facts: Facts) -> Iterator[Finding]:
+    torch, result = (facts['probes'][name] for name in ('torch',
+                                                        'torchvision'))
+    if 'found' not in torch:
+        return
+    has = torch['found']['version']
+    fitting = matching_torchvision(has)
+    command = f"pip install --no-deps --force-reinstall '{fitting}'"
+    if result.get('missing') == 'torchvision':
+        yield Finding('torchvision-missing', 'torchvision is not installed, '
+                      'which mmdet and mmpretrain need', command)
+        return
+    wanted = facts['requires_torch']
+    if wanted and wanted != has.split('+')[0]:
+        said = f' ({result["error"]})' if 'error' in result else ''
+        yield Finding(
+            'torchvision-mismatch',
+            f"torchvision {facts['distributions'].get('torchvision')} was "
+            f'built for torch {wanted}, but torch is {has}{said}', command)
+    elif 'error' in result and not _is_numpy(result):
+        yield Finding('torchvision-broken', 'torchvision does not work: ' +
+                      result['error'], command)
+
+
+def matching_torchvision(torch: str) -> str:
+    """The requirement for the torchvision of a torch, ``2.N`` to ``0.N+15``.
+
+    So it has been for all releases from torch 2.0 on.
+    """
+    major, minor = re.match(r'(\d+)\.(\d+)', torch).groups()
+    if major != '2':
+        return pin('torchvision')
+    return f'torchvision==0.{int(minor) + 15}.*'
+
+
+def _several_owners(facts: Facts) -> Iterator[Finding]:
+    for package, fork in FORKS.items():
+        names = facts['owners'][package]
+        if len(names) < 2:
+            continue
+        text = (f'{" and ".join(sorted(names))} are installed over each '
+                f'other: all own the folder {package}, which is now a mixture')
+        if package == 'mmcv':
+            yield Finding('overwritten-mmcv', text, BUILD_MMCV)
+        else:
+            yield Finding(
+                f'overwritten-{package}', text,
+                f'pip uninstall -y {" ".join(sorted(names))} && pip install '
+                f'--no-deps {pin(fork)}')
+
+
+def _mmcv(facts: Facts) -> Iterator[Finding]:
+    owners, ops = facts['owners']['mmcv'], facts['probes']['mmcv.ops']
+    if len(owners) > 1 or 'found' in ops or 'error' in facts['probes'][
+            'torch'] or facts['probes']['mmcv'].get('missing') == 'mmcv':
+        if facts['probes']['mmcv'].get('missing') == 'mmcv':
+            yield Finding('mmcv-missing', 'mmcv is not installed; mmdet and '
+                          'mmseg need it', BUILD_MMCV)
+        return
+    if facts['has_ops'] is False:
+        why = ('mmcv-lite never has any' if owners == ['mmcv-lite'] else
+               'it was installed from source without compiling them')
+        yield Finding('mmcv-no-ops', 'mmcv has no compiled ops, without which '
+                      f'mmdet does not train ({why})', BUILD_MMCV)
+    elif re.search('undefined symbol|DLL load failed|Symbol not found',
+                   ops['error']):
+        yield Finding('mmcv-other-torch', "mmcv's ops were compiled for "
+                      f'another torch than this one: {ops["error"]}',
+                      BUILD_MMCV)
+    elif not (_is_numpy(ops) or 'error' in facts['probes']['mmengine']):
+        yield Finding('mmcv-broken', f"mmcv's ops do not work: {ops['error']}",
+                      BUILD_MMCV)
+
+
+def _opencv(facts: Facts) -> Iterator[Finding]:
+    names = [name for name in OPENCV if name in facts['distributions']]
+    headless = pin('opencv-python-headless')
+    if len(names) > 1:
+        yield Finding(
+            'opencv-twice', f'{" and ".join(names)} are installed over each '
+            'other: they share the folder cv2, and removing one breaks the '
+            'other', f'pip uninstall -y {" ".join(names)} && pip install '
+            f'--no-deps {headless}')
+        return
+    result = facts['probes']['cv2']
+    if 'error' not in result or _is_numpy(result):
+        return
+    if not names:
+        yield Finding('opencv-missing', 'no OpenCV is installed, which mmcv '
+                      'needs', f'pip install --no-deps {headless}')
+    else:
+        yield Finding('opencv-broken', f'OpenCV cannot be imported: '
+                      f'{result["error"]}', 'pip uninstall -y '
+                      f'{names[0]} && pip install --no-deps {headless}')
+
+
+def _is_numpy(result: dict[str, Any]) -> bool:
+    text = f"{result.get('error', '')} {result.get('stderr', '')}"
+    return any(sign in text for sign in _OLD_NUMPY)
+
+
+def _numpy(facts: Facts) -> Iterator[Finding]:
+    result = facts['probes']['numpy']
+    command = f"pip install {pin('numpy')}"
+    if 'error' in result:
+        yield Finding('numpy-broken', f'numpy cannot be imported: '
+                      f'{result["error"]}', command + ' --force-reinstall')
+        return
+    version = result['found']['version']
+    broken = [name for name, probe in facts['probes'].items()
+              if _is_numpy(probe)]
+    if not broken:
+        return
+    if version.startswith('1.'):
+        yield Finding('numpy-too-old', f'numpy is {version}, but '
+                      f'{", ".join(broken)} were compiled against a later one',
+                      command)
+    else:
+        yield Finding('numpy-too-new', f'numpy is {version}, but '
+                      f'{", ".join(broken)} were compiled against numpy 1.x '
+                      'and do not work with it', "pip install 'numpy<2'")
+
+
+def _requirements(facts: Facts) -> Iterator[Finding]:
+    """What ``pip check`` says of packages that this project is about."""
+    about = {'numpy', 'torch', 'setuptools', *OPENCV}
+    for line in facts['requirements']:
+        found = re.match(
+            r'(\S+) \S+ has requirement ([\w.-]+)(.*?), but you have \S+ '
+            r'(\S+?)\.?$', line)
+        if not found:
+            continue
+        name, needed, limits, has = found.groups()
+        if needed not in about or name == 'torchvision':
+            continue
+        limits = limits.split(';')[0].strip(' ()')
+        yield Finding(
+            f'requirement-{needed}', f'{name} refuses {needed} {has}: it '
+            f'needs {needed}{limits}', f"pip install '{needed}{limits}'")
+
+
+def _setuptools(facts: Facts) -> Iterator[Finding]:
+    version = facts['distributions'].get('setuptools')
+    low, high = SETUPTOOLS
+    command = f"pip install 'setuptools>={low},<{high}'"
+    if version is None:
+        # The original mmengine asks pkg_resources for versions.
+        if 'mmengine' in facts['distributions']:
+            yield Finding('setuptools-missing', 'setuptools is not installed, '
+                          'and the original mmengine needs its pkg_resources',
+                          command)
+        return
+    major = int(re.match(r'\d*', version).group() or 0)
+    if major >= high:
+        yield Finding('setuptools-too-new', f'setuptools {version} has no '
+                      'pkg_resources any more, which the original mmengine '
+                      'and the build of mmcv import', command)
+    elif major < low:
+        yield Finding('setuptools-too-old', f'setuptools {version} cannot '
+                      f'build mmcv, which needs {low} or later', command)
+
+
+def _weights_only(facts: Facts) -> Iterator[Finding]:
+    torch, sources = facts['probes']['torch'], facts['sources']
+    if 'found' not in torch or not sources.get('loads'):
+        return
+    version = re.match(r'(\d+)\.(\d+)', torch['found']['version']).groups()
+    if tuple(map(int, version)) >= (2, 6) and not sources['says_weights_only']:
+        owners = ' '.join(facts['owners']['mmengine']) or 'mmengine'
+        yield Finding(
+            'weights-only', f"torch {torch['found']['version']} loads weights "
+            'only, and this mmengine does not know that: --resume and '
+            'load_from fail with "Weights only load failed"',
+            f'pip uninstall -y {owners} && pip install --no-deps '
+            f"{pin('onedl-mmengine')}")
+
+
+def _mmseg_base(facts: Facts) -> Iterator[Finding]:
+    mapped = facts['sources'].get('mmseg_package')
+    owners = facts['owners']['mmseg']
+    if mapped and owners and mapped not in owners:
+        yield Finding(
+            'mmseg-base', f"_base_ = 'mmseg::...' does not work: mmengine "
+            f'looks for the distribution {mapped}, and mmseg comes with '
+            f'{owners[0]}; give the path of the file, in the folder that the '
+            'command prints', 'python -c "import mmseg; '
+            'print(mmseg.__path__[0] + \'/.mim/configs\')"', NOTE)
+
+
+def _coco(facts: Facts) -> Iterator[Finding]:
+    result = facts['probes']['pycocotools']
+    if (facts['owners']['mmdet'] and 'error' in result
+            and not _is_numpy(result)):
+        yield Finding('pycocotools', 'mmdet reads and evaluates COCO by '
+                      f'pycocotools, which does not import: {result["error"]}',
+                      f"pip install --force-reinstall --no-deps "
+                      f"{pin('pycocotools')}")
+
+
+def _ninja(facts: Facts) -> Iterator[Finding]:
+    if 'ninja' not in facts['distributions'] and facts['has_ops'] is False:
+        yield Finding('ninja', 'ninja is not installed: compiling mmcv takes '
+                      'one core, and several times as long',
+                      'pip install ninja')
+
+
+def _other_imports(facts: Facts, found: list[Finding]) -> Iterator[Finding]:
+    """Hosts that do not import for a reason that no rule has named."""
+    if any(finding.level != NOTE for finding in found):
+        return  # likely a consequence: mend that first, and ask again
+    for package, fork in FORKS.items():
+        result = facts['probes'][package]
+        if facts['owners'][package] and 'error' in result:
+            yield Finding(f'broken-{package}', f'{package} cannot be '
+                          f'imported: {result["error"]}',
+                          f'pip install --force-reinstall --no-deps '
+                          f'{pin(fork)}')
+
+
+RULES: Tuple[Callable[[Facts], Iterator[Finding]], ...] = (
+    _python, _torch, _numpy, _requirements, _torchvision, *GPU_RULES,
+    _several_owners, _mmcv, _ninja, _opencv, _setuptools, _weights_only,
+    _coco, _mmseg_base)
