@@ -1,4 +1,4 @@
-"""What a training does that torchrun has started again.
+"""What ``--resume`` means, and a training that torchrun has started again.
 
 ``MAX_RESTARTS=3 tools/dist_train.sh ...`` lets torchrun start all processes
 again after one has died. They get the same arguments, so without more they
@@ -35,9 +35,7 @@ def restart_flags(config: str, cfg: Mapping,
     launched = os.environ.get(LAUNCHED)
     if count == 0 or launched is None:
         return [], None
-    # As the hosts' scripts choose it.
-    folder = Path(work_dir or cfg.get('work_dir')
-                  or Path('work_dirs', Path(config).stem))
+    folder = _folder(config, cfg, work_dir)
     try:
         written = (folder / 'last_checkpoint').stat().st_mtime
     except FileNotFoundError:
@@ -49,3 +47,41 @@ def restart_flags(config: str, cfg: Mapping,
     return (['--resume', '--cfg-options', 'load_from=None'],
             f'restart {count}: the training goes on from the last checkpoint '
             f'in {folder}')
+
+
+def settle_resume(argv: list[str], config: str, cfg: Mapping,
+                  work_dir: str | None) -> tuple[list[str], str | None]:
+    """Let a config's ``load_from`` not be in the way of ``--resume``.
+
+    With ``--resume`` and no file, mmdet and mmpretrain forget ``load_from``,
+    so a first start, with no checkpoint yet, begins from random weights.
+    mmseg goes on from the file of ``load_from`` even if there are checkpoints.
+
+    Args:
+        argv (list[str]): The host's arguments; ``--resume`` without a file is
+            among them.
+        config (str): The config file.
+        cfg (Mapping): What is in it; ``load_from`` is set.
+        work_dir (str | None): The argument of ``--work-dir``.
+
+    Returns:
+        tuple: The arguments to use, and what to tell the user or None.
+    """
+    from mmrpa.safe_loading import has_checkpoints
+    folder = _folder(config, cfg, work_dir)
+    if has_checkpoints(folder):
+        return [*argv, '--cfg-options', 'load_from=None'], None
+    kept = []
+    for i, arg in enumerate(argv):
+        resumes = arg.startswith('--res') and '--resume=auto'.startswith(arg)
+        value = arg == 'auto' and argv[i - 1].startswith('--res')
+        if not (resumes or value):
+            kept.append(arg)
+    return kept, (f'no checkpoint in {folder} to resume from: the training '
+                  f'starts from load_from={cfg["load_from"]!r}')
+
+
+def _folder(config: str, cfg: Mapping, work_dir: str | None) -> Path:
+    """The working directory, as the hosts' scripts choose it."""
+    return Path(work_dir or cfg.get('work_dir')
+                or Path('work_dirs', Path(config).stem))

@@ -6,6 +6,7 @@ host's.
 """
 
 import argparse
+import errno
 import logging
 import os
 import re
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from mmrpa.cpu_amp import amp_on_cpu
-from mmrpa.elastic import restart_flags
+from mmrpa.elastic import restart_flags, settle_resume
 from mmrpa.interfaces import choose_gloo_interface
 from mmrpa.preflight import ConfigError, MissingPathError, check_config
 
@@ -31,6 +32,8 @@ _REMOTE = re.compile(
     r'(https?|pavi|modelzoo|torchvision|open-mmlab|openmmlab|mmcls|'
     r'(\S+:)?(s3|petrel))://')
 _SYNC_BN = ('SyncBN', 'MMSyncBN', 'SyncBatchNorm')
+# What a write meets on a full disk, over a quota, over a limit of file sizes.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # How long a process leaves it to the first one of its machine to report.
 _REPORT_SECONDS = 10
 
@@ -73,6 +76,13 @@ def run(name: str, doc: str, argv: Sequence[str]) -> None:
             runpy.run_path(str(script), run_name='__main__')
     except (CheckpointError, CheckpointSaveError) as error:
         _stop(f'{name}.py: error: {error}')
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        what = f' ({error.filename})' if error.filename else ''
+        _stop(f'{name}.py: error: {error.strerror}{what}. Checkpoints that '
+              'were written are as they were: make room, then start it again '
+              'with --resume')
 
 
 def _parse(name: str, doc: str, argv: Sequence[str]) -> argparse.Namespace:
@@ -106,6 +116,7 @@ def _parse(name: str, doc: str, argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument('--launcher', default='none')
     parser.add_argument('--amp', action='store_true')
     parser.add_argument('--work-dir')
+    parser.add_argument('--resume', nargs='?', const='auto')
     parser.add_argument('--auto-scale-lr', action='store_true')
     parser.add_argument('--no-validate', action='store_true')
     # Our own flags are not the parser's: it would take the abbreviation
@@ -133,6 +144,13 @@ def _prepare(name: str, args: argparse.Namespace, argv: Sequence[str],
     if name == 'test':
         check_checkpoint(args.checkpoint)
     if name == 'train':
+        options = args.cfg_options or {}
+        if (args.resume == 'auto' and cfg.get('load_from')
+                and 'load_from' not in options):
+            host_argv, note = settle_resume(host_argv, args.config, cfg,
+                                            args.work_dir)
+            if note is not None and _local_rank() == 0:
+                print(f'mmrpa: {note}', flush=True)
         flags, note = restart_flags(args.config, cfg, args.work_dir)
         host_argv += flags
         if note is not None and _local_rank() == 0:

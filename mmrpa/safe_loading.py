@@ -150,6 +150,11 @@ def newest_good_checkpoint(path: str) -> str | None:
     return answer[0]
 
 
+def has_checkpoints(path: str | Path) -> bool:
+    """Whether a working directory has anything to go on from, whole or not."""
+    return bool(_candidates(Path(path)))
+
+
 def _newest_good(work_dir: Path) -> str | None:
     from mmengine.logging import print_log
 

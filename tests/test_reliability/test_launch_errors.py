@@ -20,12 +20,13 @@ def host_script(tmp_path, monkeypatch):
         monkeypatch.setattr(module, 'find_latest_checkpoint',
                             module.find_latest_checkpoint)
     config, script = tmp_path / 'config.py', tmp_path / 'script.py'
-    config.write_text("default_scope = 'mmdet'")
 
-    def run(text):
+    def run(text, load_from=None, flags=()):
+        config.write_text(
+            f"default_scope = 'mmdet'\nload_from = {load_from!r}")
         script.write_text(text)
         monkeypatch.setattr(launch, 'find_script', lambda *args: script)
-        launch.run('train', '', [str(config)])
+        launch.run('train', '', [str(config), *flags])
 
     return run
 
@@ -38,6 +39,52 @@ def test_one_line(error, host_script, capsys):
         host_script(f"{error}\nraise Error('a.pth is damaged')")
     assert caught.value.code == 1
     assert capsys.readouterr().err == 'train.py: error: a.pth is damaged\n'
+
+
+def test_a_full_disk_under_a_log(host_script, capsys):
+    """The log is written oftener than checkpoints, and meets it first."""
+    with pytest.raises(SystemExit) as caught:
+        host_script("open('/dev/full', 'w').write('x' * 10 ** 5)")
+    assert caught.value.code == 1
+    assert capsys.readouterr().err == (
+        'train.py: error: No space left on device. Checkpoints that were '
+        'written are as they were: make room, then start it again with '
+        '--resume\n')
+    with pytest.raises(FileNotFoundError):  # a bug is a bug
+        host_script("open('no/such/file')")
+
+
+@pytest.mark.parametrize('flags', [['--resume'], ['--resume', 'auto'],
+                                   ['--resume=auto'], ['--res', '--flag']])
+@pytest.mark.parametrize('trained', [True, False])
+def test_resume_beside_load_from(trained, flags, host_script, tmp_path,
+                                 capsys):
+    """First start: from load_from; later: from the last checkpoint."""
+    work_dir = tmp_path / 'work'
+    work_dir.mkdir()
+    if trained:
+        (work_dir / 'iter_2.pth').write_bytes(b'PK')
+    host_script('import sys; print(sys.argv[2:])', load_from='a.pth',
+                flags=['--work-dir', str(work_dir), *flags])
+    printed = capsys.readouterr().out
+    last = printed.splitlines()[-1]
+    told = "starts from load_from='a.pth'" in printed
+    if trained:
+        assert str([*flags, '--cfg-options', 'load_from=None'])[1:] in last
+        assert not told
+    else:
+        assert last == str(['--work-dir', str(work_dir),
+                            *[f for f in flags if f == '--flag']])
+        assert told
+
+
+@pytest.mark.parametrize('flags', [
+    [], ['--resume', 'a.pth'],
+    ['--resume', '--cfg-options', 'load_from=b.pth'], ['--flag']])
+def test_other_flags_are_left_alone(flags, host_script, capsys):
+    host_script('import sys; print(sys.argv[2:])', load_from='a.pth',
+                flags=flags)
+    assert capsys.readouterr().out.splitlines()[-1] == str(flags)
 
 
 def test_the_host_reads_by_our_reader(host_script, tmp_path, capsys):
