@@ -79,7 +79,7 @@ class SeededBatches:
                  set_epoch: Callable[[int], None]) -> None:
         self.batch_sampler = batch_sampler
         self.key: tuple[int, ...] = ()
-        self.position = 0  # the number of the next batch
+        self.position = 0  # the number of the next pass's first batch
         self.skip = 0  # batches to leave out of the next pass
         self.epoch = 0
         self.endless = False  # whether skipping goes on in the next epoch
@@ -106,10 +106,8 @@ class SeededBatches:
                                      'no batches at all')
                 self.next_epoch()
                 batches = iter(self.batch_sampler)
-        for batch in batches:
-            key = (*self.key, self.position)
-            self.position += 1
-            yield SeededBatch(batch, key)
+        for number, batch in enumerate(batches, self.position):
+            yield SeededBatch(batch, (*self.key, number))
 
     def next_epoch(self) -> None:
         """Begin another pass over the data within a training by steps."""
@@ -132,6 +130,7 @@ class EndlessBatches:
         self._loader = loader
         self._batches = batches
         self._iterator: Iterator | None = None
+        self._given = 0  # batches of this pass
         self._left_out = batches.skip = skipped_by_next
         batches.endless = True
 
@@ -149,11 +148,18 @@ class EndlessBatches:
         if self._iterator is None:
             self._iterator = iter(self._loader)
         try:
-            return next(self._iterator)
+            return self._next()
         except StopIteration:
             self._batches.next_epoch()
+            self._batches.position += self._given
+            self._given = 0
             self._iterator = iter(self._loader)
-            return next(self._iterator)
+            return self._next()
+
+    def _next(self) -> Any:
+        batch = next(self._iterator)
+        self._given += 1
+        return batch
 
 
 @HOOKS.register_module()

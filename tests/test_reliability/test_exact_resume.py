@@ -8,9 +8,11 @@ import pytest
 import torch
 from mmengine.hooks import EMAHook
 from small_training import Killed, Recorder, build
+from torch.utils.data import DataLoader
 
 from mmrpa.hooks.exact_resume import (
     STATE_KEY,
+    EndlessBatches,
     SeededBatch,
     SeededBatches,
     seed_all,
@@ -221,6 +223,22 @@ def test_the_old_way_to_skip(tmp_path, monkeypatch, whole_runs):
     monkeypatch.setattr(IterBasedTrainLoop, 'run', run)
     killed, resumed = interrupt(tmp_path, 8, 'iter')
     assert_goes_on(whole, killed, resumed, 7)
+
+
+def test_passes_beside_the_training_change_nothing():
+    """PreciseBNHook reads the loader in between."""
+    batches = SeededBatches([[0], [1]], lambda epoch: None)
+    batches.key, batches.position = (5, ), 10
+    loader = DataLoader([7, 8], batch_sampler=batches,
+                        collate_fn=lambda values: (*values, random.random()))
+    iterator = EndlessBatches(loader, batches)
+    seen = []
+    for _ in range(5):
+        seen.append(next(iterator))
+        list(loader)
+    for number, (value, drawn) in enumerate(seen, 10):
+        seed_all(5, number)
+        assert (value, drawn) == (7 + number % 2, random.random())
 
 
 def test_a_run_that_does_not_train_builds_no_training(tmp_path):
