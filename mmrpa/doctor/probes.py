@@ -177,4 +177,4 @@ def without_paths(text: str) -> str:
     """Text without the folders of whoever runs it: it is to be pasted."""
     text = re.sub(r'(?:[A-Za-z]:)?[\w./\\~+ -]*?[/\\](site|dist)-packages',
                   r'\1-packages', text)
-    return re.sub(r'(?<![\w.-])/(?:[\w.+-]+/)+([\w.+-]+)', r'\1', text)
+    return re.sub(r'(?<![\w./:-])/(?:[\w.+-]+/)+([\w.+-]+)', r'\1', text)

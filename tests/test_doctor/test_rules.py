@@ -1,0 +1,126 @@
+"""Rules that need a GPU, or another Python, on facts that were made up.
+
+No such machine is at hand: these show that the rules read facts rightly, not
+that the facts come out so.
+"""
+
+import copy
+import re
+
+import pytest
+from doctor_environments import ROOT
+
+from mmrpa.doctor.findings import PYTHONS, SETUPTOOLS, TESTED
+from mmrpa.doctor.probes import without_paths
+from mmrpa.doctor.report import diagnose
+from mmrpa.doctor.rules import matching_torchvision
+from mmrpa.doctor.rules_gpu import runs_on
+
+ARCHS = ['sm_75', 'sm_80', 'sm_90', 'sm_120', 'compute_120']
+FACTS = {
+    'python': [3, 11, 7],
+    'platform': 'Linux',
+    'distributions': {'setuptools': '81.0.0', 'torchvision': '0.26.0+cu130',
+                      'opencv-python-headless': '4.12.0.88', 'ninja': '1'},
+    'owners': {name: [f'onedl-{name}'] for name in (
+        'mmengine', 'mmcv', 'mmdet', 'mmpretrain')} | {'mmseg': [], 'cv2': []},
+    'requires_torch': '2.11.0',
+    'has_ops': True,
+    'sources': {},
+    'requirements': [],
+    'gpus': ['NVIDIA H100'],
+    'probes': {name: {'found': {'version': '2.2.6'}} for name in (
+        'numpy', 'torch and numpy', 'cv2', 'torchvision', 'mmengine', 'mmcv',
+        'pycocotools', 'mmdet', 'mmseg', 'mmpretrain')} | {
+            'torch': {'found': {
+                'version': '2.11.0+cu130', 'cuda': '13.0', 'available': True,
+                'archs': ARCHS, 'capabilities': [[9, 0]]}},
+            'mmcv.ops': {'found': {'cuda': '13.0'}}},
+}
+
+
+def _codes(**changes):
+    facts = copy.deepcopy(FACTS)
+    torch = facts['probes']['torch']['found']
+    for key, value in changes.items():
+        if key in torch:
+            torch[key] = value
+        elif key == 'ops_cuda':
+            facts['probes']['mmcv.ops']['found']['cuda'] = value
+        else:
+            facts[key] = value
+    return [finding.code for finding in diagnose(facts)]
+
+
+@pytest.mark.parametrize('changes, codes', [
+    ({}, []),
+    (dict(cuda=None, available=False, archs=[], capabilities=[],
+          ops_cuda='not available'), ['torch-cpu-only']),
+    (dict(cuda=None, available=False, archs=[], capabilities=[], gpus=[],
+          ops_cuda='not available'), []),
+    (dict(available=False, capabilities=[]), ['cuda-unusable']),
+    (dict(capabilities=[[6, 1]]), ['cuda-arch']),
+    (dict(capabilities=[[9, 0], [3, 7]]), ['cuda-arch']),
+    (dict(ops_cuda='not available'), ['mmcv-cpu-ops']),
+    (dict(python=[3, 13, 0]), ['python']),
+    (dict(python=[3, 9, 1]), ['python']),
+    (dict(requirements=['opencv-python-headless 4.12.0.88 has requirement '
+                        'numpy<2.3.0,>=2; python_version >= "3.9", but you '
+                        'have numpy 2.4.0.']), ['requirement-numpy']),
+    (dict(requirements=['a 1 requires opencv-python, which is not installed.',
+                        'rich 1 has requirement pygments<3, but you have '
+                        'pygments 4.']), []),
+])
+def test_rules(changes, codes):
+    assert _codes(**changes) == codes
+
+
+@pytest.mark.parametrize('archs, capability, runs', [
+    (['sm_80'], [8, 0], True), (['sm_80'], [8, 6], True),
+    (['sm_86'], [8, 0], False), (['sm_80'], [9, 0], False),
+    (['compute_80'], [9, 0], True), (['compute_90'], [8, 0], False),
+    (['sm_90a'], [9, 0], True), (['sm_100a'], [10, 3], False),
+    (['sm_100f'], [10, 3], True), (['sm_120'], [12, 0], True), ([], [8, 0],
+                                                                False),
+])
+def test_binaries_run_on(archs, capability, runs):
+    assert runs_on(archs, capability) is runs
+
+
+def test_requirement_gives_the_range_to_install():
+    facts = copy.deepcopy(FACTS)
+    facts['requirements'] = ['cv 4 has requirement numpy<2.3.0,>=2; '
+                             'python_version >= "3.9", but you have numpy 2.4.'
+                             ]
+    finding, = diagnose(facts)
+    assert finding.command == "pip install 'numpy<2.3.0,>=2'"
+    assert finding.text == 'cv refuses numpy 2.4: it needs numpy<2.3.0,>=2'
+
+
+@pytest.mark.parametrize('torch, torchvision', [
+    ('2.11.0', '0.26'), ('2.5.1+cu124', '0.20'), ('2.0.1', '0.15')])
+def test_torchvision_of_a_torch(torch, torchvision):
+    assert matching_torchvision(torch) == f'torchvision=={torchvision}.*'
+
+
+@pytest.mark.parametrize('text, shown', [
+    ('/home/a b/.venv/lib/python3.11/site-packages/mmcv/_ext.so: undefined',
+     'site-packages/mmcv/_ext.so: undefined'),
+    ('(/opt/x/y.so: bad)', '(y.so: bad)'),
+    ('https://example.org/a/b', 'https://example.org/a/b'),
+    ('and/or 1/2', 'and/or 1/2')])
+def test_folders_are_taken_out(text, shown):
+    assert without_paths(text) == shown
+
+
+def test_tested_set_is_that_of_the_project():
+    text = (ROOT / 'requirements.txt').read_text()
+    for name, version in TESTED.items():
+        assert f'\n{name}=={version}\n' in text
+    low, high = SETUPTOOLS
+    setup = (ROOT / 'tools/setup_env.py').read_text()
+    assert f"'setuptools>={low},<{high}'" in setup
+    parts = (ROOT / 'tools/setup_parts.py').read_text()
+    numbers = re.search(r'OLDEST, TESTED, NEWEST = (.*)', parts)[1]
+    assert numbers.startswith(f'{PYTHONS[0]}, ')
+    assert numbers.endswith(f' {PYTHONS[1]}')
