@@ -21,6 +21,13 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..arguments import (
+    check_bool,
+    check_dtype,
+    check_int,
+    check_number,
+    check_tensor,
+)
 from ..layers import DenseAttention, RPAttention, TransformerBlock
 from .checkpoint import check_state_dict, load_pretrained
 
@@ -85,7 +92,7 @@ class OutputNorm(nn.Module):
         super().__init__()
         options = dict(norm_cfg)
         name = options.pop('type', None)
-        if name not in self.types:
+        if not isinstance(name, str) or name not in self.types:
             raise ValueError(f'norm_cfg needs a type out of '
                              f'{tuple(self.types)}, got {dict(norm_cfg)}; '
                              'norm_cfg=None leaves the norm out')
@@ -93,7 +100,10 @@ class OutputNorm(nn.Module):
         requires_grad = options.pop('requires_grad', True)
         if name == 'LN':
             options.setdefault('eps', eps)
-        self.norm = self.types[name](num_channels, **options)
+        try:
+            self.norm = self.types[name](num_channels, **options)
+        except TypeError as error:
+            raise TypeError(f'norm_cfg={dict(norm_cfg)}: {error}') from error
         self.norm.requires_grad_(requires_grad)
 
     def forward(self, x: Tensor, hw_shape: Tuple[int, int]) -> Tensor:
@@ -201,7 +211,21 @@ class RPBackbone(BaseModule):
                  out_indices: Sequence[int], frozen_stages: int,
                  norm_cfg: Optional[Mapping], with_cp: bool,
                  init_cfg: Optional[Mapping]) -> None:
+        for name, value in (('rp_cfg', rp_cfg), ('norm_cfg', norm_cfg),
+                            ('init_cfg', init_cfg)):
+            if value is not None and not isinstance(value, Mapping):
+                raise TypeError(f'{name} must be a dict or None, got '
+                                f'{value!r}')
         super().__init__(init_cfg=None if init_cfg is None else dict(init_cfg))
+        check_int('in_channels', in_channels, 1)
+        check_bool('qkv_bias', qkv_bias)
+        check_bool('with_cp', with_cp)
+        check_number('drop_rate', drop_rate, 0, 1)
+        check_number('drop_path_rate', drop_path_rate)
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError('drop_path_rate must be in [0, 1), got '
+                             f'{drop_path_rate!r}')
+        check_int('frozen_stages', frozen_stages)
         self.arch = self._parse_arch(arch)
         self.num_stages = len(self.arch['depths'])
         self.in_channels = in_channels
@@ -212,6 +236,8 @@ class RPBackbone(BaseModule):
             dict(rp_cfg or {}, num_representatives=m) for m in per_stage(
                 'num_representatives', num_representatives, self.num_stages)
         ]
+        for cfg in self.rp_cfgs:
+            check_int('num_representatives', cfg['num_representatives'], 1)
         self.qkv_bias = qkv_bias
         self.drop_rate = drop_rate
         self.out_indices = self._parse_out_indices(out_indices)
@@ -414,17 +440,33 @@ class RPBackbone(BaseModule):
                     f'{tuple(self.arch_zoo)}, or a dict with the keys '
                     f'{self.arch_keys}')
             arch = self.arch_zoo[arch]
+        if not isinstance(arch, Mapping):
+            raise TypeError(f'arch must be a name or a dict, got {arch!r}')
         if set(arch) != set(self.arch_keys):
             raise ValueError(f'{type(self).__name__} needs an arch dict with '
                              f'the keys {self.arch_keys}, got {tuple(arch)}')
         num_stages = self._num_stages(arch)
-        return {
+        parsed = {
             key: per_stage(f"arch['{key}']", arch[key], num_stages)
             for key in self.arch_keys
         }
+        for key in self.arch_keys[:3]:
+            for value in parsed[key]:
+                check_int(f"arch['{key}']", value, 1)
+        for dims, heads, ratio in zip(parsed['embed_dims'],
+                                      parsed['num_heads'],
+                                      parsed['mlp_ratios'], strict=True):
+            check_number("arch['mlp_ratios']", ratio, 0)
+            if dims % heads or int(dims * ratio) < 1:
+                raise ValueError(
+                    f"arch['embed_dims'] must be a multiple of num_heads, and "
+                    f'times mlp_ratios at least 1, got {dims}, {heads} and '
+                    f'{ratio}')
+        return parsed
 
     def _num_stages(self, arch: Mapping[str, Any]) -> int:
-        if not isinstance(arch['depths'], Sequence) or not arch['depths']:
+        if (not isinstance(arch['depths'], Sequence) or not arch['depths']
+                or isinstance(arch['depths'], str)):
             raise ValueError("arch['depths'] needs the number of blocks of "
                              f'each stage, got {arch["depths"]!r}')
         return len(arch['depths'])
@@ -445,7 +487,12 @@ class RPBackbone(BaseModule):
             num_representatives='num_representatives',
             qkv_bias='qkv_bias',
             proj_drop='drop_rate')
+        allowed = inspect.signature(RPAttention.__init__).parameters
+        free = [n for n in list(allowed)[1:] if n not in own]  # 0 is self
         for name in rp_cfg:
+            if name not in free and name not in own:
+                raise TypeError(f'rp_cfg has {name!r}, which RPAttention does '
+                                f'not take; allowed: {", ".join(free)}')
             if name in own:
                 raise ValueError(
                     f'rp_cfg has {name}={rp_cfg[name]!r}; set it by the '
@@ -455,6 +502,12 @@ class RPBackbone(BaseModule):
                            out_indices: Sequence[int]) -> Tuple[int, ...]:
         if isinstance(out_indices, int):
             out_indices = (out_indices, )
+        if isinstance(out_indices, (str, Mapping)) or not isinstance(
+                out_indices, Sequence):
+            raise TypeError('out_indices must be a sequence of integers, got '
+                            f'{out_indices!r}')
+        for index in out_indices:
+            check_int('out_indices', index)
         n = self.num_stages
         parsed = tuple(i + n if i < 0 else i for i in out_indices)
         if (not parsed or sorted(set(parsed)) != list(parsed)
@@ -466,6 +519,8 @@ class RPBackbone(BaseModule):
 
     def _check_images(self, x: Tensor) -> None:
         name = type(self).__name__
+        check_tensor('x', x, 4, f'images (B, {self.in_channels}, H, W) for '
+                     f'{name}')
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f'{name} takes images (B, {self.in_channels}, H, '
                              f'W), got {tuple(x.shape)}')
@@ -475,3 +530,4 @@ class RPBackbone(BaseModule):
                 f'{name} needs images of at least {self.patch_size}x'
                 f'{self.patch_size} pixels, one patch, got {height}x{width}; '
                 'enlarge or pad them')
+        check_dtype(x, next(self.parameters()))

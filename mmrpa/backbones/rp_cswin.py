@@ -4,6 +4,7 @@ from typing import Any, Mapping, Optional, Sequence
 
 from torch import nn
 
+from ..arguments import check_int
 from ..layers import CrossShapedWindowAttention, PatchEmbed
 from ..registry import MODELS
 from .base import Arch, PerStage, RPBackbone, per_stage
@@ -69,6 +70,9 @@ class RPCSWin(RPBackbone):
                          init_cfg)
         self.split_sizes = per_stage('split_sizes', split_sizes,
                                      self.num_stages)
+        for size in self.split_sizes:
+            if size is not None:
+                check_int('split_sizes', size, 1)
         self._build()
 
     def _build_stem(self) -> nn.Module:

@@ -5,9 +5,9 @@ from typing import Any, Mapping, Optional, Sequence, Tuple
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_bool, check_int, check_one_of
 from ..layers import PatchEmbed, PositionEmbed
 from ..layers.init import LINEAR_STD
-from ..layers.shapes import check_one_of
 from ..registry import MODELS
 from .base import Arch, PerStage, RPBackbone
 
@@ -100,11 +100,13 @@ class RPDeiT(RPBackbone):
                          rp_cfg, qkv_bias, drop_rate, drop_path_rate,
                          out_indices, frozen_stages, norm_cfg, with_cp,
                          init_cfg)
+        check_bool('with_cls_token', with_cls_token)
         check_one_of('out_type', out_type,
                      ('featmap', 'cls_token', 'avg_featmap'))
         if out_type == 'cls_token' and not with_cls_token:
             raise ValueError("out_type='cls_token' needs with_cls_token=True, "
                              "or use out_type='avg_featmap'")
+        check_int('img_size', img_size)
         if img_size < self.patch_size:
             raise ValueError(f'img_size must be at least {self.patch_size}, '
                              f'got {img_size}')
@@ -127,9 +129,11 @@ class RPDeiT(RPBackbone):
         return self.patch_size
 
     def _num_stages(self, arch: Mapping[str, Any]) -> int:
-        if not isinstance(arch['depths'], int) or arch['depths'] < 1:
-            raise ValueError("arch['depths'] of RPDeiT needs one number of "
-                             f'blocks, got {arch["depths"]!r}')
+        for key in self.arch_keys:
+            if isinstance(arch[key], Sequence):
+                raise ValueError(f"arch['{key}'] of RPDeiT needs one number, "
+                                 f'got {arch[key]!r}')
+        check_int("arch['depths']", arch['depths'], 1)
         return arch['depths']
 
     def _parse_arch(self, arch: Arch) -> dict:

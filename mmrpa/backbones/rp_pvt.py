@@ -4,6 +4,7 @@ from typing import Any, Mapping, Optional, Sequence
 
 from torch import nn
 
+from ..arguments import check_int
 from ..layers import PatchEmbed, PositionEmbed, SpatialReductionAttention
 from ..registry import MODELS
 from .base import Arch, PerStage, RPBackbone
@@ -66,6 +67,7 @@ class RPPVT(RPBackbone):
                          rp_cfg, qkv_bias, drop_rate, drop_path_rate,
                          out_indices, frozen_stages, norm_cfg, with_cp,
                          init_cfg)
+        check_int('img_size', img_size)
         if img_size < self.patch_size:
             raise ValueError(f'img_size must be at least {self.patch_size}, '
                              f'got {img_size}')

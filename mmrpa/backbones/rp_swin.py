@@ -4,6 +4,7 @@ from typing import Any, Mapping, Optional, Sequence
 
 from torch import nn
 
+from ..arguments import check_int
 from ..layers import PatchEmbed, PatchMerging, WindowAttention
 from ..registry import MODELS
 from .base import Arch, PerStage, RPBackbone
@@ -65,6 +66,7 @@ class RPSwin(RPBackbone):
                          rp_cfg, qkv_bias, drop_rate, drop_path_rate,
                          out_indices, frozen_stages, norm_cfg, with_cp,
                          init_cfg)
+        check_int('window_size', window_size, 1)
         self.window_size = window_size
         self._build()
 

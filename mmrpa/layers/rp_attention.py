@@ -6,6 +6,14 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor, nn
 
+from ..arguments import (
+    check_bool,
+    check_dtype,
+    check_int,
+    check_number,
+    check_one_of,
+    check_tensor,
+)
 from ..ops import (
     IMPLS,
     computes_layer,
@@ -23,12 +31,7 @@ from ..ops.naive import (
 )
 from .init import LINEAR_STD, init_vit_
 from .plain import is_plain
-from .shapes import (
-    check_heads,
-    check_one_of,
-    check_queries,
-    check_tokens,
-)
+from .shapes import check_heads, check_queries, check_tokens
 
 # Standard deviation of the routing logits at initialisation, on LayerNorm-ed
 # random tokens: the mean entropy of the routing is then about 0.7 of log M,
@@ -65,6 +68,7 @@ class RPAttention(nn.Module):
             :func:`mmrpa.ops.rp_attention`. May be assigned to later.
 
     Raises:
+        TypeError: A value of a wrong type; the message names it.
         ValueError: A value out of range; the message names it.
     """
 
@@ -90,11 +94,14 @@ class RPAttention(nn.Module):
         check_one_of('routing', routing, ROUTINGS)
         check_one_of('reduction', reduction, REDUCTIONS)
         check_one_of('interact', interact, ('grouped', 'full'))
-        if num_representatives < 1:
-            raise ValueError('num_representatives must be at least 1, got '
-                             f'{num_representatives}')
-        if dwc_kernel_size < 0 or (dwc_kernel_size
-                                   and dwc_kernel_size % 2 == 0):
+        check_int('num_representatives', num_representatives, 1)
+        check_int('dwc_kernel_size', dwc_kernel_size, 0)
+        check_number('proj_drop', proj_drop, 0, 1)
+        for name, value in (('qkv_bias', qkv_bias),
+                            ('interact_residual', interact_residual),
+                            ('interact_proj', interact_proj)):
+            check_bool(name, value)
+        if dwc_kernel_size and dwc_kernel_size % 2 == 0:
             raise ValueError('dwc_kernel_size must be odd, or 0 for none, got '
                              f'{dwc_kernel_size}')
         head_dims = embed_dims // num_heads
@@ -159,6 +166,7 @@ class RPAttention(nn.Module):
         Raises:
             ValueError: x and hw_shape do not fit each other or the layer.
         """
+        check_tensor('x', x)
         if x.dim() == 4:
             height, width = x.shape[-2:]
             if hw_shape is not None and tuple(hw_shape) != (height, width):
@@ -172,6 +180,8 @@ class RPAttention(nn.Module):
     def _forward_tokens(self, x: Tensor,
                         hw_shape: Optional[Tuple[int, int]]) -> Tensor:
         check_tokens(x, hw_shape, self.embed_dims, allow_cls=True)
+        if is_plain(self.qkv, nn.Linear):
+            check_dtype(x, self.qkv.weight)
         options = dict(
             num_heads=self.num_heads,
             hw_shape=hw_shape,
@@ -229,9 +239,11 @@ class RPAttention(nn.Module):
             Tensor: The routing P as maps (B, h, M, H, W) in float32, without
             the CLS token.
         """
+        check_tensor('x', x)
         if x.dim() == 4:
             x, hw_shape = x.flatten(2).transpose(1, 2), x.shape[-2:]
         num_cls = check_tokens(x, hw_shape, self.embed_dims, allow_cls=True)
+        check_dtype(x, self.qkv.weight)
         k = self._heads(self.qkv(x).chunk(3, dim=-1)[1])
         with without_autocast(x.device.type):
             p = route(k.float(), self.anchors.float(), self.routing)
@@ -260,9 +272,11 @@ class RPAttention(nn.Module):
         Raises:
             ValueError: x and hw_shape do not fit, or a query is not a token.
         """
+        check_tensor('x', x)
         if x.dim() == 4:
             x, hw_shape = x.flatten(2).transpose(1, 2), x.shape[-2:]
         num_cls = check_tokens(x, hw_shape, self.embed_dims, allow_cls=True)
+        check_dtype(x, self.qkv.weight)
         check_queries(queries, hw_shape)
         q, k, _ = (self._heads(t) for t in self.qkv(x).chunk(3, dim=-1))
         dtype = compute_dtype(x.dtype)

@@ -6,6 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..arguments import (
+    check_bool,
+    check_int,
+    check_number,
+    check_pair,
+    check_tensor,
+)
 from . import absorbed, naive
 from .naive import REDUCTIONS, ROUTINGS
 
@@ -42,6 +49,8 @@ def choose_impl(device_type: str,
     Returns:
         str: One of ``IMPLS[1:]``.
     """
+    check_int('head_dims', head_dims, 1)
+    check_int('num_representatives', num_representatives, 1)
     if not HAS_CUSTOM_OPS:
         return 'naive'
     fits = _why_not_triton(dtype, head_dims, num_representatives,
@@ -154,20 +163,21 @@ def rp_attention(q: Tensor,
         ValueError: A shape or dtype does not fit, tensors are on several
             devices, an option is unknown, or impl can not compute this.
     """
-    if q.dim() != 4 or q.shape != k.shape or q.shape != v.shape:
-        raise ValueError('q, k and v must share one shape (B, heads, N, d), '
-                         f'got {tuple(q.shape)}, {tuple(k.shape)} and '
-                         f'{tuple(v.shape)}')
     _check_tensors(
         dict(
             q=q,
             k=k,
             v=v,
             anchors=anchors,
-            interact_weight=interact_weight,
-            interact_proj=interact_proj), same_dtype=3)
+            interact_weight=interact_weight),
+        dict(interact_proj=interact_proj), same_dtype=3)
+    if q.dim() != 4 or q.shape != k.shape or q.shape != v.shape:
+        raise ValueError('q, k and v must share one shape (B, heads, N, d), '
+                         f'got {tuple(q.shape)}, {tuple(k.shape)} and '
+                         f'{tuple(v.shape)}')
     _check_arguments(q.shape[1], q.shape[3], anchors, interact_weight,
                      interact_proj, routing, reduction)
+    _check_options(interact_residual, scale)
     impl = resolve_impl(impl, q.device.type, q.dtype, q.shape[3],
                         anchors.shape[1], routing)
     scale = q.shape[-1]**-0.5 if scale is None else float(scale)
@@ -222,40 +232,44 @@ def rp_attention_qkv(qkv: Tensor,
         TypeError: A tensor is not floating point.
         ValueError: As :func:`rp_attention`.
     """
-    if qkv.dim() != 3 or num_heads < 1 or qkv.shape[2] % (3 * num_heads):
-        raise ValueError(
-            'qkv must be (B, N, 3 * num_heads * d), got '
-            f'{tuple(qkv.shape)} with num_heads={num_heads}')
     _check_tensors(
+        dict(qkv=qkv, anchors=anchors, interact_weight=interact_weight),
         dict(
-            qkv=qkv,
-            anchors=anchors,
-            interact_weight=interact_weight,
             interact_proj=interact_proj,
             dwc_weight=dwc_weight,
             dwc_bias=dwc_bias))
+    check_int('num_heads', num_heads, 1)
+    if (qkv.dim() != 3 or qkv.shape[2] < 1
+            or qkv.shape[2] % (3 * num_heads)):
+        raise ValueError(
+            'qkv must be (B, N, 3 * num_heads * d), got '
+            f'{tuple(qkv.shape)} with num_heads={num_heads}')
     batch, num_tokens, channels = qkv.shape
     channels //= 3
     dims = channels // num_heads
     _check_arguments(num_heads, dims, anchors, interact_weight, interact_proj,
                      routing, reduction)
     _check_convolution(channels, num_tokens, hw_shape, dwc_weight, dwc_bias)
+    _check_options(interact_residual, scale)
     impl = resolve_impl(impl, qkv.device.type, qkv.dtype, dims,
                         anchors.shape[1], routing)
     scale = dims**-0.5 if scale is None else float(scale)
-    heads = qkv.unflatten(-1, (3, num_heads, dims))
     if impl != 'naive':
+        heads = qkv.unflatten(-1, (3, num_heads, dims))
         out = library.rp_attention([heads], anchors, interact_weight,
                                    interact_proj, dwc_weight, dwc_bias,
                                    tuple(hw_shape), routing, reduction,
                                    interact_residual, scale, impl)
         return out.flatten(2)
+    # Raised once, so that sums of two parts are rounded once, too.
+    out_dtype, qkv = qkv.dtype, qkv.to(naive.compute_dtype(qkv.dtype))
+    heads = qkv.unflatten(-1, (3, num_heads, dims))
     q, k, v = heads.permute(2, 0, 3, 1, 4).unbind()
     out = naive.rp_attention(q, k, v, anchors, interact_weight, interact_proj,
                              routing, reduction, interact_residual, scale)
     out = out.transpose(1, 2).flatten(2)  # (B, N, C)
     if dwc_weight is None:
-        return out
+        return out.to(out_dtype)
     num_cls = num_tokens - hw_shape[0] * hw_shape[1]
     local = qkv[:, num_cls:, 2 * channels:].transpose(1, 2)
     with naive.without_autocast(qkv.device.type):
@@ -266,7 +280,7 @@ def rp_attention_qkv(qkv: Tensor,
             padding=dwc_weight.shape[-1] // 2,
             groups=channels)
     local = local.flatten(2).transpose(1, 2)
-    return out + F.pad(local, (0, 0, num_cls, 0))
+    return (out + F.pad(local, (0, 0, num_cls, 0))).to(out_dtype)
 
 
 def computes_layer(impl: str, device_type: str, dtype: torch.dtype,
@@ -290,6 +304,10 @@ def computes_layer(impl: str, device_type: str, dtype: torch.dtype,
         num_representatives (int): M.
         routing (str): See :func:`rp_attention`.
     """
+    for name, value in (('num_tokens', num_tokens), ('num_heads', num_heads),
+                        ('head_dims', head_dims),
+                        ('num_representatives', num_representatives)):
+        check_int(name, value, 0)
     return (impl == 'fused' and device_type == 'cpu'
             and dtype in (torch.float32, torch.float64)
             and routing == 'representatives' and absorbed.absorbs(
@@ -344,14 +362,19 @@ def rp_attention_layer(x: Tensor,
     if not HAS_CUSTOM_OPS:
         raise ValueError('rp_attention_layer needs torch 2.4 or later, this '
                          f'is {torch.__version__}; use rp_attention_qkv')
-    if x.dim() != 3 or num_heads < 1 or x.shape[2] % num_heads:
+    check_tensor('x', x)
+    check_int('num_heads', num_heads, 1)
+    if x.dim() != 3 or x.shape[2] < 1 or x.shape[2] % num_heads:
         raise ValueError('x must be (B, N, num_heads * d), got '
                          f'{tuple(x.shape)} with num_heads={num_heads}')
     params = dict(qkv_weight=qkv_weight, qkv_bias=qkv_bias, anchors=anchors,
                   interact_weight=interact_weight,
                   interact_proj=interact_proj, dwc_weight=dwc_weight,
                   dwc_bias=dwc_bias, out_weight=out_weight, out_bias=out_bias)
-    _check_tensors(dict(x=x, **params), same_dtype=1 + len(params))
+    optional = ('qkv_bias', 'interact_proj', 'dwc_bias', 'out_bias')
+    _check_tensors(
+        dict(x=x, **{n: t for n, t in params.items() if n not in optional}),
+        {n: params[n] for n in optional}, same_dtype=1 + len(params))
     if x.dtype not in (torch.float32, torch.float64):
         raise ValueError(f'x must be float32 or float64, got {x.dtype}; use '
                          'rp_attention_qkv')
@@ -360,6 +383,7 @@ def rp_attention_layer(x: Tensor,
                      interact_weight, interact_proj, 'representatives',
                      reduction)
     _check_convolution(channels, x.shape[1], hw_shape, dwc_weight, dwc_bias)
+    _check_options(interact_residual, scale)
     for name, shape in dict(qkv_weight=(3 * channels, channels),
                             qkv_bias=(3 * channels, ),
                             out_weight=(channels, channels),
@@ -372,15 +396,19 @@ def rp_attention_layer(x: Tensor,
         interact_residual, scale)
 
 
-def _check_tensors(tensors: dict, same_dtype: int = 0) -> None:
+def _check_options(interact_residual: bool, scale: Optional[float]) -> None:
+    check_bool('interact_residual', interact_residual)
+    if scale is not None:
+        check_number('scale', scale)
+
+
+def _check_tensors(tensors: dict, optional: dict,
+                   same_dtype: int = 0) -> None:
     """Floating point, on one device; the first few of one dtype."""
     first_name, first = next(iter(tensors.items()))
-    for i, (name, tensor) in enumerate(tensors.items()):
-        if tensor is None:
-            continue
-        if not tensor.is_floating_point():
-            raise TypeError(f'{name} must be floating point, got '
-                            f'{tensor.dtype}; convert it first')
+    given = {n: t for n, t in optional.items() if t is not None}
+    for i, (name, tensor) in enumerate({**tensors, **given}.items()):
+        check_tensor(name, tensor)
         if tensor.device != first.device:
             raise ValueError(
                 f'{name} is on {tensor.device} but {first_name} on '
@@ -429,7 +457,7 @@ def _check_convolution(channels: int, num_tokens: int,
                          f'{size}')
     if bias is not None:
         _check_shape('dwc_bias', bias, [(channels, )])
-    height, width = hw_shape
+    height, width = check_pair('hw_shape', hw_shape, 0)
     if height < 1 or width < 1 or height * width > num_tokens:
         raise ValueError(
             f'hw_shape=({height}, {width}) must be a map of at least one and '

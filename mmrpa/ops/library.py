@@ -65,7 +65,7 @@ def _rp_attention(
         dwc_bias: Optional[Tensor], height: int, width: int, routing: str,
         reduction: str, interact_residual: bool, scale: float,
         impl: str) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    q, k, v = _unpack(qkv)
+    q, k, v = _raise(_unpack(qkv), impl)
     options = Options(routing, reduction, interact_residual, scale)
     # A Triton kernel is launched on the current device, wherever q is.
     with without_autocast(q.device.type), torch.cuda.device_of(q):
@@ -73,7 +73,7 @@ def _rp_attention(
             q, k, v, *_compute_in(q.dtype, anchors, interact_weight,
                                   interact_proj), dwc_weight, dwc_bias,
             (height, width), options)
-    return (out, *reps)
+    return (out.to(qkv[0].dtype), *reps)
 
 
 @_rp_attention.register_fake
@@ -86,6 +86,18 @@ def _(qkv, anchors, interact_weight, interact_proj, dwc_weight, dwc_bias,
     return (q.new_empty(q.shape), small.new_empty(batch, heads, m, dims),
             small.new_empty(batch, heads, m, dims),
             small.new_empty(batch, heads, m))
+
+
+def _raise(tensors: Sequence[Tensor], impl: str) -> List[Tensor]:
+    """Tensors in the dtype in which an implementation reads and writes.
+
+    The fused one adds up two parts of the output, and of V's gradient. If the
+    first was rounded to half precision already, the second rounds all tokens
+    alike where it is alike for all, and the gradient of the bias, their sum,
+    is off by percents.
+    """
+    return [t.to(compute_dtype(t.dtype)) if impl == 'fused' else t
+            for t in tensors]
 
 
 def _compute_in(dtype: torch.dtype,
@@ -103,8 +115,9 @@ def _rp_attention_backward(
         k_rep: Tensor, z: Tensor, mass: Tensor, height: int, width: int,
         routing: str, reduction: str, interact_residual: bool, scale: float,
         impl: str) -> Tuple[List[Tensor], List[Tensor]]:
-    q, k, v = _unpack(qkv)
-    grads = [torch.empty_like(t, memory_format=torch.contiguous_format)
+    q, k, v, grad_out = _raise((*_unpack(qkv), grad_out), impl)
+    grads = [torch.empty_like(t, dtype=q.dtype,
+                              memory_format=torch.contiguous_format)
              for t in qkv]
     options = Options(routing, reduction, interact_residual, scale)
     params = (anchors, interact_weight, interact_proj, dwc_weight, dwc_bias)
@@ -116,7 +129,7 @@ def _rp_attention_backward(
     anchor_grad, *rest = param_grads
     if anchors.shape[0] == 1:
         anchor_grad = anchor_grad.sum(0, keepdim=True)
-    return grads, [
+    return [grad.to(t.dtype) for grad, t in zip(grads, qkv, strict=True)], [
         grad.to(param.dtype).reshape(param.shape).contiguous()
         for param, grad in zip(params, (anchor_grad, *rest), strict=True)
         if param is not None

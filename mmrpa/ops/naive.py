@@ -13,9 +13,17 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor
 
+from ..arguments import (
+    check_bool,
+    check_number,
+    check_one_of,
+    check_tensor,
+)
+
 ROUTINGS = ('representatives', 'tokens')
 REDUCTIONS = ('mean', 'sum')
 MASS_EPS = 1e-6
+_HEADS = '(B, h, N, d)'
 
 
 def route(k: Tensor,
@@ -34,7 +42,13 @@ def route(k: Tensor,
 
     Returns:
         Tensor: (B, h, N, M), between 0 and 1.
+
+    Raises:
+        TypeError: A tensor is not one, or not floating point.
+        ValueError: A shape or ``routing`` does not fit.
     """
+    _check_keys(k, anchors)
+    check_one_of('routing', routing, ROUTINGS)
     axis = -1 if routing == 'representatives' else -2
     return (k @ anchors.transpose(-2, -1)).softmax(dim=axis)
 
@@ -58,8 +72,16 @@ def gather(k: Tensor,
     Returns:
         tuple[Tensor, Tensor]: K_rep and Z, each (B, h, M, d). A representative
         that no token is routed to gives zeros under ``'mean'``.
+
+    Raises:
+        TypeError, ValueError: As :func:`route`.
     """
+    check_tensor('v', v, 4, _HEADS)
+    check_one_of('reduction', reduction, REDUCTIONS)
     p = route(k, anchors, routing)  # (B, h, N, M)
+    if v.shape != k.shape or v.dtype != k.dtype:
+        raise ValueError(f'v must have the shape and dtype of k, {_of(k)}, '
+                         f'got {_of(v)}')
     p_t = p.transpose(-2, -1)
     k_rep, z = p_t @ k, p_t @ v  # (B, h, M, d)
     if reduction == 'mean':
@@ -87,7 +109,24 @@ def interact(z: Tensor,
 
     Returns:
         Tensor: V_rep, (B, h, M, d).
+
+    Raises:
+        TypeError: A tensor is not one, or not floating point.
+        ValueError: A shape or dtype does not fit.
     """
+    check_tensor('z', z, 4, '(B, h, M, d)')
+    check_bool('residual', residual)
+    _, heads, _, dims = z.shape
+    square = ((heads, dims, dims), (heads * dims, ) * 2)
+    three = tuple((3, *s) for s in square)
+    params = [('weight', weight, three)]
+    if proj is not None:
+        params.append(('proj', proj, square))
+    for name, tensor, allowed in params:
+        check_tensor(name, tensor)
+        if tuple(tensor.shape) not in allowed or tensor.dtype != z.dtype:
+            raise ValueError(f'{name} must be {" or ".join(map(str, allowed))}'
+                             f' of {z.dtype}, got {_of(tensor)}')
     q, k, v = (project(z, w) for w in weight)
     v_rep = _softmax_attention(q, k, v, z.shape[-1]**-0.5)
     if proj is not None:
@@ -108,7 +147,30 @@ def distribute(q: Tensor, k_rep: Tensor, v_rep: Tensor,
     Returns:
         Tensor: (B, h, N, d).
     """
+    check_tensor('q', q, 4, _HEADS)
+    check_number('scale', scale)
+    shape = (*q.shape[:2], k_rep.shape[2] if isinstance(k_rep, Tensor)
+             and k_rep.dim() == 4 else 'M', q.shape[3])
+    for name, tensor in (('k_rep', k_rep), ('v_rep', v_rep)):
+        check_tensor(name, tensor, 4, '(B, h, M, d)')
+        if tuple(tensor.shape) != shape or tensor.dtype != q.dtype:
+            raise ValueError(f'{name} must be {shape} of {q.dtype}, got '
+                             f'{_of(tensor)}')
     return _softmax_attention(q, k_rep, v_rep, scale)
+
+
+def _of(tensor: Tensor) -> str:
+    return f'{tuple(tensor.shape)} of {tensor.dtype}'
+
+
+def _check_keys(k: Tensor, anchors: Tensor) -> None:
+    check_tensor('k', k, 4, _HEADS)
+    check_tensor('anchors', anchors, 3, '(h, M, d) or (1, M, d)')
+    if (anchors.shape[0] not in (1, k.shape[1]) or anchors.shape[1] < 1
+            or anchors.shape[2] != k.shape[3] or anchors.dtype != k.dtype):
+        raise ValueError(
+            f'anchors must be ({k.shape[1]}, M, {k.shape[3]}) or (1, M, '
+            f'{k.shape[3]}) of {k.dtype}, M at least 1, got {_of(anchors)}')
 
 
 def _softmax_attention(q: Tensor, k: Tensor, v: Tensor,

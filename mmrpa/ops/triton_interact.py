@@ -14,6 +14,9 @@ MASS_EPS = tl.constexpr(1e-6)
 # Of Interact's small float32 products: three TF32 products each, which leave
 # an error near float32's and run on tensor cores.
 EXACT = tl.constexpr('tf32x3')
+# 1 / (HEADROOM * MASS_EPS), the largest number that the kernels are handed, is
+# below float16's 65504.
+HEADROOM = tl.constexpr(16.)
 
 
 @triton.jit
@@ -84,7 +87,9 @@ def interact_backward_kernel(keys_part, values_part, weight_ptr, k_ptr, z_ptr,
     Grid (B * h), all M in one block. Writes G_k, G_z and the offset of
     ``fused.gather_backward`` divided by ``unit`` (B * h), which keeps them
     within the range of float16, and the weights' gradients
-    (B * h, 3, d, d).
+    (B * h, 3, d, d). A representative without tokens has a G of up to a
+    million times the others', which the routing multiplies by next to
+    nothing: it must not make the others vanish.
     """
     bh = tl.program_id(0)
     head = bh % H
@@ -126,6 +131,7 @@ def interact_backward_kernel(keys_part, values_part, weight_ptr, k_ptr, z_ptr,
     _put_rows(grad_weight_ptr + 2 * D * D, D, cols, cols, D, D,
               _dot(z_t, grad_v, EXACT))
     offset = tl.zeros([BLOCK_M], tl.float32)
+    most = tl.full([BLOCK_M, 1], 1., tl.float32)  # no P is larger
     if MEAN:
         mass = tl.load(mass_ptr + bh * M + m, mask=m < M, other=1.)
         divisor = tl.maximum(mass, MASS_EPS)[:, None]
@@ -133,7 +139,9 @@ def interact_backward_kernel(keys_part, values_part, weight_ptr, k_ptr, z_ptr,
         grad_z = grad_z / divisor
         offset = tl.sum(k_rep * grad_k + z * grad_z, 1)
         offset = tl.where(mass >= MASS_EPS, offset, 0.)
-    unit = tl.maximum(tl.max(tl.abs(grad_k)), tl.max(tl.abs(grad_z)))
+        most = tl.minimum(divisor, 1.)
+    unit = HEADROOM * tl.maximum(tl.max(tl.abs(grad_k) * most),
+                                 tl.max(tl.abs(grad_z) * most))
     unit = tl.where(unit > 0, unit, 1.)
     _put_rows(grad_k_ptr + bh * M * D, D, m, cols, M, D, grad_k / unit)
     _put_rows(grad_z_ptr + bh * M * D, D, m, cols, M, D, grad_z / unit)

@@ -9,7 +9,7 @@ from torch import Tensor
 from . import fused, triton_interact
 from . import triton_kernels as kernels
 from .fused import Options, Representatives
-from .naive import interact
+from .naive import MASS_EPS, interact
 
 # Interact runs inside a kernel up to these sizes: one program then holds all
 # its matrices. Beyond them, and for what it does not know (the full reading,
@@ -276,7 +276,12 @@ def _interact_backward(
     offset = torch.zeros_like(reps.mass)
     if mean:
         grad_k, grad_z, offset = fused.mean_backward(reps, grad_k, grad_z)
-    unit = torch.maximum(grad_k.abs().amax((2, 3)), grad_z.abs().amax((2, 3)))
+    most = torch.ones_like(reps.mass)  # no P is larger
+    if mean:
+        most = reps.mass.clamp(MASS_EPS, 1)
+    unit = triton_interact.HEADROOM.value * torch.maximum(
+        *((g.abs() * most.unsqueeze(-1)).amax((2, 3))
+          for g in (grad_k, grad_z)))
     unit = torch.where(unit > 0, unit, torch.ones_like(unit))
     routed = (*((g / unit[..., None, None]).contiguous()
                 for g in (grad_k, grad_z)), offset / unit[..., None], unit)

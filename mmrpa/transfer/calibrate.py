@@ -12,8 +12,8 @@ from typing import Dict, Iterator, List, Mapping, NamedTuple, Optional, Union
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_one_of
 from ..layers import RPAttention
-from ..layers.shapes import check_one_of
 from ..ops import gather, route
 from .kmeans import spherical_kmeans
 

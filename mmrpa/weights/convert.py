@@ -6,8 +6,8 @@ from typing import Dict, Mapping, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_one_of
 from ..layers.embed import resize_table
-from ..layers.shapes import check_one_of
 from .identify import (
     FAMILY_OF_ATTENTION,
     FAMILY_TITLES,

@@ -131,7 +131,7 @@ BAD = {
 BAD_QKV = {
     'qkv-dims': (dict(qkv=(2, 2, 7, 24)), r'qkv must be .*\(2, 2, 7, 24\)'),
     'qkv-channels': (dict(qkv=(2, 7, 25)), r'\(2, 7, 25\) with num_heads=2'),
-    'no-heads': (dict(num_heads=0), 'num_heads=0'),
+    'no-heads': (dict(num_heads=0), 'num_heads must be at least 1, got 0'),
     'heads': (dict(num_heads=4), r'anchors must be \(4, M, 2\)'),
     'dwc-shape': (dict(dwc_weight=(8, 1, 3, 5)), 'dwc_weight must be'),
     'dwc-channels': (dict(dwc_weight=(4, 1, 3, 3)),
