@@ -1,0 +1,89 @@
+"""Cases that strain half precision, and how far from float64 is too far.
+
+The relative error of a tensor is the norm of its difference from float64's,
+over the norm of float64's, where float64 gets the same, already rounded,
+inputs and parameters. Two kinds of numbers leave nothing to be relative to:
+
+- A gradient that cancels (the anchors' on a constant image, where any routing
+  gives the same), so that rounding is all that is left of it. Its error is
+  taken relative to a thousandth of the largest gradient's norm if that is
+  more; to a tenth for the Triton kernels, which multiply in half precision
+  themselves, as flash attention does.
+- Numbers near the smallest of float16, 6e-8: each may be off by one of those.
+
+The gradient that comes in is scaled by a power of two, as a GradScaler would,
+so that what float64 gives fits into float16.
+"""
+
+import torch
+
+BOUNDS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-3}
+CASES = ('one', 'dead', 'large', 'tiny', 'constant')
+# Distance of the keys' mean from 0, and the factor on it in the anchors.
+PUSH, PULL = 4., 40.
+
+
+def push_keys(keys_bias, anchors, case):
+    """Let the keys' bias decide the routing: in place.
+
+    Args:
+        keys_bias (Tensor): (h, d), what is added to all keys of a head.
+        anchors (Tensor): (h, M, d) or (1, M, d).
+        case (str): ``'one'``: representative 0 gets all tokens. ``'dead'``:
+            the second half of them gets none.
+    """
+    if case not in ('one', 'dead'):
+        return
+    axis = torch.nn.functional.normalize(torch.randn(keys_bias.shape), dim=-1)
+    if len(anchors) == 1:
+        axis = axis[:1].expand_as(keys_bias)
+    keys_bias += PUSH * axis
+    pull = PULL * axis[:len(anchors)]
+    if case == 'one':
+        anchors[:, 0] += pull
+    else:
+        anchors[:, anchors.shape[1] // 2:] -= pull[:, None]
+
+
+def strain(x, case):
+    """Standard normal numbers, as the case wants them; tokens at axis 1."""
+    if case == 'large':
+        return 1e4 * (2 * torch.rand(x.shape) - 1)
+    if case == 'tiny':
+        return 1e-8 * x
+    if case == 'constant':
+        return x[:, :1].expand_as(x).clone()
+    return x
+
+
+def check(actual, exact, dtype, floor=1e-3):
+    """Two dicts of tensors, ``'out'`` first, then gradients."""
+    bound = BOUNDS[dtype]
+    largest = max(t.norm().item() for name, t in exact.items()
+                  if name != 'out')
+    wrong = []
+    for name, e in exact.items():
+        a = actual[name].double()
+        if not a.isfinite().all():
+            wrong.append(f'{name}: {(~a.isfinite()).sum()} not finite')
+            continue
+        norm = e.norm().item()
+        if name != 'out':
+            norm = max(norm, floor * largest)
+        allowed = bound * norm
+        if dtype == torch.float16:
+            allowed += 2**-24 * e.numel()**0.5
+        error = (a - e).norm().item()
+        if not error <= allowed:
+            wrong.append(f'{name}: off by {error:.2g}, {error / norm:.2g} of '
+                         f'{norm:.2g}; at most {allowed:.2g}')
+    assert not wrong, '\n'.join(wrong)
+
+
+def fits(exact, dtype):
+    """The power of two that brings the largest gradient below 2**12."""
+    if dtype != torch.float16:
+        return 1.
+    top = max(t.abs().max().item() for name, t in exact.items()
+              if name != 'out')
+    return 2.**-max(0, round(torch.tensor(top).log2().item()) - 12)
