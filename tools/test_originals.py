@@ -1,0 +1,118 @@
+"""Run the tests of mmrpa against the original OpenMMLab packages.
+
+The tested set has the onedl-* forks. This makes an environment of its own with
+the originals (mmengine 0.10.7, mmcv-lite 2.1.0, mmpretrain 1.2.0, mmdet 3.3.0,
+mmsegmentation 1.2.2) on top of the torch of the tested set, once, and runs in
+it all tests that touch one of them. docs/originals.md says what that shows,
+and what not.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from originals.environment import (
+    ROOT,
+    OriginalsError,
+    compiled_operators,
+    interpreter,
+    prepare,
+)
+
+# Each path under tests/ that is left out, and why.
+LEFT_OUT = {
+    'test_ops': 'torch alone, no host',
+    'test_layers': 'torch alone, no host',
+    'test_geometry.py': 'torch alone, no host',
+    'test_distributed': 'torch alone, no host',
+    'test_docs.py': 'files of the project, no host',
+    'test_guides.py': 'files of the project, no host',
+    'test_tools/test_setup_env.py': 'installs the tested set, no host',
+    'test_tools/test_make_sample_data.py': 'numpy and OpenCV, no host',
+    'test_tools/test_sample_scenes.py': 'numpy and OpenCV, no host',
+    'test_tools/test_benchmarks.py': 'torch alone, no host',
+}
+# Single tests, by their name after tests/.
+DESELECTED = {
+    'test_configs.py::test_one_step_and_one_prediction[mmseg/quickstart/'
+    'rp-pvt-nano_upernet_1xb8-300_sample-128x128.py]':
+    'mmsegmentation 1.2.2 cannot have class weights and ignored pixels at once'
+}
+QUICK = (
+    'test_registry.py', 'test_backbones/test_checkpoint.py', 'test_optim',
+    'test_hooks', 'test_weights', 'test_tools/test_dist.py',
+    'test_tools/test_dispatch.py', 'test_tools/test_dist_evaluation.py')
+
+
+def parse_args(argv: list[str] | None = None) -> tuple:
+    """Read the command line: our arguments, and those for pytest."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog='All other arguments go to pytest; paths among them replace '
+        'the tests that would be run.',
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--env', type=Path, metavar='DIR',
+                        default=ROOT / 'build' / 'originals',
+                        help='the environment (default: %(default)s)')
+    parser.add_argument('--quick', action='store_true',
+                        help='only the tests that depend most on the hosts')
+    parser.add_argument('--only-prepare', action='store_true',
+                        help='make the environment and stop')
+    return parser.parse_known_args(argv)
+
+
+def select(quick: bool) -> list[str]:
+    """Arguments for pytest: paths, and what is left out of them."""
+    args = [f'tests/{path}' for path in QUICK] if quick else ['tests']
+    args += [f'--ignore=tests/{path}' for path in LEFT_OUT]
+    return args + [f'--deselect=tests/{name}' for name in DESELECTED]
+
+
+def report(env: Path, python: Path) -> None:
+    """Print what is tested, and what is not."""
+    code = ('import mmengine, mmcv, mmpretrain, mmdet, mmseg, torch; '
+            'print(*(f"  {m.__name__} {m.__version__} from {m.__path__[0]}" '
+            'for m in (mmengine, mmcv, mmpretrain, mmdet, mmseg, torch)), '
+            'sep="\\n")')
+    done = subprocess.run([python, '-c', code], capture_output=True, text=True)
+    if done.returncode:
+        raise OriginalsError(f'the packages in {env} cannot be imported:\n'
+                             f'{done.stderr.strip().splitlines()[-1]}')
+    print(done.stdout, end='')
+    print('  compiled operators of mmcv:', *(
+        f'{path.name} of the fork' for path in compiled_operators()))
+    print('left out:')
+    for name, reason in {**LEFT_OUT, **DESELECTED}.items():
+        print(f'  {name}: {reason}')
+    sys.stdout.flush()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prepare, report and run; return pytest's exit status."""
+    args, pytest_args = parse_args(argv)
+    env = args.env.resolve()
+    try:
+        if not compiled_operators():
+            raise OriginalsError('the fork of mmcv is not installed here, '
+                                 'whose compiled operators mmdet and mmseg '
+                                 'need: run `make setup` first')
+        made = prepare(env)
+        print(f'{env} is', 'made' if made else 'up to date')
+        report(env, interpreter(env))
+    except OriginalsError as error:
+        print(f'test_originals.py: error: {error}', file=sys.stderr)
+        return 1
+    if args.only_prepare:
+        return 0
+    own = any(os.path.exists(arg.split('::')[0]) for arg in pytest_args)
+    command = [interpreter(env), '-m', 'pytest', '-p', 'no:cacheprovider',
+               *pytest_args, *([] if own else select(args.quick))]
+    # Nothing of the tested set may come in by the environment's variables.
+    variables = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
+    return subprocess.run(command, cwd=ROOT, env=variables).returncode
+
+
+if __name__ == '__main__':
+    sys.exit(main())
