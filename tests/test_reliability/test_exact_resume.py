@@ -69,7 +69,6 @@ def assert_goes_on(whole, killed, resumed, first):
 
 
 @pytest.mark.parametrize('by, workers, kill_after', [
-    ('epoch', 0, 3),  # within the first epoch
     ('epoch', 0, 8),
     ('epoch', 0, 15),  # a checkpoint at the end of an epoch, but within it
     ('epoch', 2, 13),

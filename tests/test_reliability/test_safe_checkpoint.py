@@ -69,6 +69,12 @@ def damage(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize('how', ['cut', 'flipped', 'zeros', 'empty'])
+def test_damage_is_found(how, work_dir):
+    damage(work_dir / 'iter_18.pth', how)
+    assert newest_good_checkpoint(str(work_dir)).endswith('iter_16.pth')
+
+
+@pytest.mark.parametrize('how', ['cut', 'flipped'])
 def test_a_damaged_checkpoint_is_passed_over(how, work_dir, trained, capfd):
     damage(work_dir / 'iter_18.pth', how)
     recorder = Recorder()
