@@ -97,10 +97,13 @@ class RoutingStatsHook(Hook):
                  dead_below: float = 0.01) -> None:
         for name, value in (('interval', interval), ('num_images', num_images),
                             ('num_tokens', num_tokens)):
-            if not isinstance(value, int) or value < 1:
+            if (isinstance(value, bool) or not isinstance(value, int)
+                    or value < 1):
                 raise ValueError(f'{name} of RoutingStatsHook must be an '
                                  f'integer of at least 1, got {value!r}')
-        if not 0 < dead_below < 1:
+        if (isinstance(dead_below, bool)
+                or not isinstance(dead_below, (int, float))
+                or not 0 < dead_below < 1):
             raise ValueError('dead_below of RoutingStatsHook must be between '
                              f'0 and 1, got {dead_below!r}')
         self.interval = interval

@@ -7,6 +7,7 @@ import torch
 from mmengine.logging import print_log
 from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ..registry import OPTIM_WRAPPERS
 from .half_operators import Float32Products, accept_half_on_cpu
@@ -42,6 +43,9 @@ class CPUAmpOptimWrapper(OptimWrapper):
                  loss_scale: Union[str, float, Mapping[str, Any]] = 'dynamic',
                  dtype: Optional[Union[str, torch.dtype]] = None,
                  **kwargs: Any) -> None:
+        if not isinstance(kwargs.get('optimizer'), Optimizer):
+            raise TypeError('optimizer must be one of torch.optim, got '
+                            f'{kwargs.get("optimizer")!r}')
         self.cast_dtype = _parse_dtype(dtype)
         self._fixed_scale, options = _parse_scale(loss_scale)
         super().__init__(**kwargs)

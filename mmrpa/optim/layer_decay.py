@@ -9,6 +9,7 @@ from mmengine.optim import DefaultOptimWrapperConstructor
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from ..arguments import check_number
 from ..backbones import RPBackbone
 from ..registry import OPTIM_WRAPPER_CONSTRUCTORS
 
@@ -79,6 +80,14 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     def __init__(self,
                  optim_wrapper_cfg: dict,
                  paramwise_cfg: Optional[dict] = None) -> None:
+        for name, value in (('optim_wrapper_cfg', optim_wrapper_cfg),
+                            ('paramwise_cfg', paramwise_cfg)):
+            if not isinstance(value, dict) and (name, value) != (
+                    'paramwise_cfg', None):
+                raise TypeError(f'{name} must be a dict, got {value!r}')
+        if not isinstance(optim_wrapper_cfg.get('optimizer'), dict):
+            raise TypeError('optim_wrapper_cfg needs a dict as optimizer, got '
+                            f'{optim_wrapper_cfg.get("optimizer")!r}')
         super().__init__(optim_wrapper_cfg, paramwise_cfg)
         for name in self.paramwise_cfg:
             if name not in OPTIONS:
@@ -87,14 +96,25 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 hint = f'; did you mean {close[0]!r}?' if close else ''
                 raise ValueError(f'paramwise_cfg has an unknown key {name!r}'
                                  f'{hint} Allowed: {", ".join(OPTIONS)}')
-        for key, options in self.paramwise_cfg.get('custom_keys', {}).items():
+        custom = self.paramwise_cfg.get('custom_keys', {})
+        if not isinstance(custom, dict) or not all(
+                isinstance(options, dict) for options in custom.values()):
+            raise TypeError('custom_keys of paramwise_cfg must have a dict by '
+                            f'each name, got {custom!r}')
+        for name in ('norm_decay_mult', 'bias_decay_mult',
+                     'embed_decay_mult'):
+            check_number(f'{name} of paramwise_cfg',
+                         self.paramwise_cfg.get(name, 0))
+        for key, options in custom.items():
             wrong = [name for name in options if 'mul' in name
                      and name not in ('lr_mult', 'decay_mult')]
             if wrong:
                 raise ValueError(f'custom_keys has {wrong[0]!r} under {key!r};'
                                  ' factors are lr_mult and decay_mult')
         self.rate = self.paramwise_cfg.get('layer_decay_rate')
-        if not isinstance(self.rate, (int, float)) or not 0 < self.rate <= 1:
+        if (isinstance(self.rate, bool)
+                or not isinstance(self.rate, (int, float))
+                or not 0 < self.rate <= 1):
             raise ValueError('paramwise_cfg needs layer_decay_rate in (0, 1],'
                              f' got {self.rate!r}')
         if self.base_lr is None:

@@ -12,7 +12,7 @@ from typing import Dict, Iterator, List, Mapping, NamedTuple, Optional, Union
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_one_of
+from ..arguments import check_int, check_number, check_one_of, check_tensor
 from ..layers import RPAttention
 from ..ops import gather, route
 from .kmeans import spherical_kmeans
@@ -100,8 +100,13 @@ def calibrate(backbone: nn.Module,
             or the images have fewer tokens in a layer than it has
             representatives.
     """
-    if isinstance(dwc, str):
+    if not isinstance(backbone, nn.Module):
+        raise TypeError(f'backbone must be a module, got {backbone!r}')
+    check_tensor('images', images)
+    if not isinstance(dwc, Mapping):
         check_one_of('dwc', dwc, DWC_STARTS)
+    check_int('seed', seed)
+    check_number('entropy', entropy)
     if not 0 < entropy < 1:
         raise ValueError(f'entropy must be between 0 and 1, got {entropy}')
     layers = {

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..arguments import check_tensor
 from ..layers import SpatialReductionAttention
 from .twin import attention_pairs, record_calls
 
@@ -39,6 +40,7 @@ def fit_reduced_kv(teacher: nn.Module, student: nn.Module,
     Raises:
         ValueError: They are no twins.
     """
+    check_tensor('images', images, 4, '(B, C, H, W)')
     reduced = [
         (name, source, target)
         for name, source, target in attention_pairs(teacher, student)

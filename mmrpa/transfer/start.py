@@ -5,8 +5,9 @@ from typing import Callable, Dict, Optional
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_bool, check_int, check_one_of, check_tensor
 from ..layers import CrossShapedWindowAttention, WindowAttention
-from .calibrate import calibrate
+from .calibrate import DWC_STARTS, calibrate
 from .reduction import fit_reduced_kv
 from .twin import attention_pairs, carry_twin, record_calls
 
@@ -40,6 +41,13 @@ def start_student(teacher: nn.Module,
     Raises:
         ValueError: They are no twins, or the images do not fit them.
     """
+    check_tensor('images', images, 4, '(B, 3, H, W)')
+    check_bool('carry', carry)
+    check_int('seed', seed)
+    if not callable(log):
+        raise TypeError(f'log must be callable, got {log!r}')
+    if dwc is not None:
+        check_one_of('dwc', dwc, DWC_STARTS)
     starts = _dwc_starts(teacher, student, images) if dwc is None else dwc
     if carry:
         log(str(carry_twin(teacher, student)))

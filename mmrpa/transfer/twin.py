@@ -1,7 +1,16 @@
 """From a backbone with its family's own attention to its RPAttention twin."""
 
 from contextlib import contextmanager
-from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import (
+    Any,
+    Dict,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +54,7 @@ def attention_pairs(teacher: nn.Module, student: nn.Module
         ValueError: They are no twins: another class, arch or depth, or the
             same attention everywhere.
     """
+    check_backbones(teacher=teacher, student=student)
     if type(teacher) is not type(student) or teacher.arch != student.arch:
         raise ValueError(
             f'teacher and student must be one backbone but for attention, '
@@ -64,6 +74,15 @@ def attention_pairs(teacher: nn.Module, student: nn.Module
     return pairs
 
 
+def check_backbones(**backbones: Any) -> None:
+    """Raise TypeError unless all are RP backbones."""
+    for name, value in backbones.items():
+        if not (isinstance(value, nn.Module) and hasattr(value, 'attention')
+                and hasattr(value, 'own_attention')):
+            raise TypeError(f'{name} must be an RP backbone, got '
+                            f'{type(value).__name__}')
+
+
 def carry_twin(teacher: nn.Module, student: nn.Module) -> Carried:
     """Copy all that the twins share into the student.
 
@@ -81,6 +100,7 @@ def carry_twin(teacher: nn.Module, student: nn.Module) -> Carried:
     Raises:
         ValueError: See :func:`attention_pairs`.
     """
+    check_backbones(teacher=teacher, student=student)
     given = dict(teacher.state_dict())
     for name, source, target in attention_pairs(teacher, student):
         state = {

@@ -37,6 +37,8 @@ def build_arch(name: str, **options: Any):
         ValueError: No such name, or a value that does not fit.
     """
     archs = known_archs()
+    if not isinstance(name, str):
+        raise TypeError(f'name must be a string, got {name!r}')
     if name not in archs:
         close = difflib.get_close_matches(name, archs, n=1)
         hint = f'did you mean {close[0]!r}? ' if close else ''

@@ -1,12 +1,12 @@
 """From canonical weights to a given backbone, tensor by tensor."""
 
 import re
-from typing import Dict, Mapping, Optional, Tuple
+from typing import Any, Dict, Mapping, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_one_of
+from ..arguments import check_number, check_one_of
 from ..layers.embed import resize_table
 from .identify import (
     FAMILY_OF_ATTENTION,
@@ -82,8 +82,17 @@ def convert(state_dict: Mapping[str, Tensor],
         ValueError: Another argument is out of range.
     """
     check_one_of('dwc', dwc, DWC_STARTS)
-    if not 0 <= min_carried <= 1:
-        raise ValueError(f'min_carried must be in [0, 1], got {min_carried}')
+    check_number('min_carried', min_carried, 0, 1)
+    if not hasattr(backbone, 'own_attention'):
+        raise TypeError('backbone must be an RP backbone, got '
+                        f'{type(backbone).__name__}')
+    if not isinstance(state_dict, Mapping) or not all(
+            isinstance(name, str) and isinstance(value, Tensor)
+            for name, value in state_dict.items()):
+        raise TypeError('state_dict must have tensors by their names, got '
+                        f'{_kinds(state_dict)}')
+    if prefix is not None and not isinstance(prefix, str):
+        raise TypeError(f'prefix must be a string or None, got {prefix!r}')
     if prefix and not prefix.endswith('.'):
         prefix += '.'
     try:
@@ -113,6 +122,14 @@ def convert(state_dict: Mapping[str, Tensor],
             f'looks like {look} (names of {weights.style.title}); '
             f'{look.advice()}', report)
     return result, report
+
+
+def _kinds(state_dict: Any) -> str:
+    if not isinstance(state_dict, Mapping):
+        return type(state_dict).__name__
+    return next(f'{type(value).__name__} as {name!r}'
+                for name, value in state_dict.items()
+                if not (isinstance(name, str) and isinstance(value, Tensor)))
 
 
 def _check_family(weights: Canonical, backbone: nn.Module, dwc: str) -> None:

@@ -103,6 +103,9 @@ def read_checkpoint(path: Union[str, Path],
         CheckpointError: The file is damaged, no weights, or holds objects
             that are not safe to load.
     """
+    _check_path(path)
+    if key is not None and not isinstance(key, str):
+        raise TypeError(f'key must be a string or None, got {key!r}')
     with _local(path) as local:
         kind = file_kind(local, str(path))
         content = (_read_safetensors(local, str(path)) if kind == SAFETENSORS
@@ -131,6 +134,17 @@ def write_checkpoint(path: Union[str, Path], state_dict: Mapping[str, Tensor],
         FileNotFoundError: There is no such folder.
         ModuleNotFoundError: ``.safetensors`` without safetensors installed.
     """
+    for name, value in (('state_dict', state_dict), ('meta', meta)):
+        if not isinstance(value, Mapping):
+            raise TypeError(f'{name} must be a mapping, got {value!r}')
+    for name, value in state_dict.items():
+        if not (isinstance(name, str) and isinstance(value, Tensor)):
+            raise TypeError('state_dict must have tensors by their names, got '
+                            f'{type(value).__name__} as {name!r}')
+    try:
+        json.dumps(dict(meta))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f'meta must be what JSON can hold: {error}') from error
     path = check_output(path)
     # A slice of a larger tensor would take all of it along.
     tensors = {name: value.detach().cpu().contiguous().clone()
@@ -156,6 +170,13 @@ def write_checkpoint(path: Union[str, Path], state_dict: Mapping[str, Tensor],
             os.remove(temporary)
 
 
+def _check_path(path: Union[str, Path]) -> None:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f'path must be a string or a Path, got {path!r}')
+    if '\0' in str(path):
+        raise ValueError(f'path {str(path)!r} has a null character in it')
+
+
 def check_output(path: Union[str, Path]) -> Path:
     """Check the name of a file to be written before any work is done.
 
@@ -164,6 +185,7 @@ def check_output(path: Union[str, Path]) -> Path:
         FileNotFoundError: Its folder does not exist.
         ModuleNotFoundError: ``.safetensors`` without safetensors installed.
     """
+    _check_path(path)
     path = Path(path)
     if path.suffix not in SUFFIXES or path.is_dir():
         raise ValueError(f'the output {str(path)!r} must be a file that ends '

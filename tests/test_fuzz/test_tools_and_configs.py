@@ -1,0 +1,250 @@
+"""Fuzzed entry points around the backbones: swaps, hooks, weights, transfer,
+optimiser settings, and the command lines of the tools."""
+
+import contextlib
+import io
+import string
+
+import fuzz
+import pytest
+import torch
+from fuzz import ODD, attempt, mutated, odd_tensors, tensors
+from helpers import TOOLS, load_tool
+from hypothesis import given
+from hypothesis import strategies as st
+from zoo import build
+
+from mmrpa.hooks import RoutingStatsHook
+from mmrpa.optim import CPUAmpOptimWrapper, LayerDecayOptimWrapperConstructor
+from mmrpa.swap import SwapError, swap_backbone
+from mmrpa.transfer import (
+    calibrate,
+    carry_twin,
+    fit_reduced_kv,
+    start_student,
+)
+from mmrpa.weights import (
+    CheckpointError,
+    ConversionError,
+    build_arch,
+    convert,
+    read_checkpoint,
+    write_checkpoint,
+)
+
+BACKBONES = {(family, attention): build(family, attention=attention)
+             for family, attention in (('pvt', 'rp'), ('pvt', 'sr'),
+                                       ('swin', 'rp'), ('swin', 'window'))}
+MODULES = st.sampled_from([*BACKBONES.values(), torch.nn.Linear(2, 2)])
+IMAGES = st.one_of(tensors(2, 3, 64, 64, dtype=torch.float32), odd_tensors())
+
+
+def fresh(family, attention):
+    return st.builds(build, st.just(family), attention=st.just(attention))
+
+
+CALLS = {
+    'hook': (RoutingStatsHook, dict(
+        interval=st.integers(1, 9), num_images=st.integers(1, 9),
+        num_tokens=st.integers(1, 9), dead_below=st.floats(0.01, 0.9)), ODD),
+    'calibrate': (calibrate, dict(
+        backbone=fresh('pvt', 'rp'), images=IMAGES,
+        dwc=st.sampled_from(['zero', 'average', 'keep']),
+        entropy=st.floats(0.3, 0.9), seed=st.integers(0, 9)),
+        st.one_of(ODD, MODULES)),
+    'carry': (carry_twin, dict(
+        teacher=fresh('pvt', 'sr'), student=fresh('pvt', 'rp')),
+        st.one_of(ODD, MODULES)),
+    'reduce': (fit_reduced_kv, dict(
+        teacher=fresh('pvt', 'sr'), student=fresh('pvt', 'rp'),
+        images=IMAGES), st.one_of(ODD, MODULES)),
+    'start': (start_student, dict(
+        teacher=fresh('pvt', 'sr'), student=fresh('pvt', 'rp'),
+        images=IMAGES, dwc=st.sampled_from([None, 'zero']),
+        carry=st.booleans(), seed=st.integers(0, 9),
+        log=st.just(lambda line: None)), st.one_of(ODD, MODULES)),
+    'layer decay': (LayerDecayOptimWrapperConstructor, dict(
+        optim_wrapper_cfg=st.sampled_from([
+            dict(optimizer=dict(type='SGD', lr=0.1)), dict(),
+            dict(optimizer=3)]),
+        paramwise_cfg=st.fixed_dictionaries(
+            dict(layer_decay_rate=st.one_of(st.floats(0.1, 1), ODD)),
+            optional=dict(custom_keys=ODD, norm_decay_mult=ODD, foo=ODD))),
+        ODD),
+    'amp': (CPUAmpOptimWrapper, dict(
+        optimizer=st.just(torch.optim.SGD([torch.ones(1)], lr=1.)),
+        loss_scale=st.one_of(st.just('dynamic'), st.floats(1, 9)),
+        dtype=st.sampled_from([None, 'float16', torch.bfloat16])), ODD),
+    'arch': (build_arch, dict(name=st.sampled_from(['rp_swin', 'tiny'])), ODD),
+    'convert': (convert, dict(
+        state_dict=st.sampled_from([
+            b.state_dict() for b in BACKBONES.values()] + [
+                {}, {'a': torch.ones(2)}]),
+        backbone=st.sampled_from(list(BACKBONES.values())),
+        dwc=st.sampled_from(['zero', 'average', 'init']),
+        prefix=st.sampled_from([None, '', 'backbone.']),
+        min_carried=st.floats(0, 1)), ODD),
+    'read': (read_checkpoint, dict(
+        path=st.text(max_size=8), key=st.one_of(st.none(), st.text())), ODD),
+    'write': (write_checkpoint, dict(
+        path=st.sampled_from(['/no/such/folder/a.pth', 'a.txt']),
+        state_dict=st.dictionaries(st.text(max_size=3), odd_tensors(),
+                                   max_size=2),
+        meta=st.dictionaries(st.text(max_size=3), ODD, max_size=2)), ODD),
+}
+NAMED = (FileNotFoundError, CheckpointError, ConversionError)
+
+
+def check_call(name, case):
+    call, _, _ = CALLS[name]
+    args, _ = case
+    also = ['optimizer', 'layer_decay_rate', 'checkpoint', 'output', 'tokens',
+            'arch', 'custom_keys']
+    attempt(call, args, also, NAMED)
+
+
+KEYS = st.sampled_from([
+    'model', 'backbone', 'neck', 'type', 'in_channels', 'out_channels',
+    'bbox_head', 'decode_head', 'head', 'default_scope', 'detector',
+    'train_dataloader', 'dataset', 'pipeline', 'optim_wrapper', 'optimizer',
+    'data_preprocessor', 'mean', 'std', 'out_indices', 'strides', 'norm_cfg'])
+VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(-3, 300), st.floats(-1, 1),
+    st.sampled_from(['mmdet', 'mmseg', 'mmpretrain', 'ResNet', 'FPN',
+                     'RetinaNet', 'ImageClassifier', 'EncoderDecoder',
+                     'GlobalAveragePooling', 'LinearClsHead', 'x', '']))
+TREES = st.recursive(VALUES, lambda node: st.one_of(
+    st.lists(node, max_size=3), st.dictionaries(KEYS, node, max_size=5)),
+    max_leaves=12)
+BASE = dict(
+    mmdet=dict(
+        type='RetinaNet',
+        data_preprocessor=dict(mean=[1., 2, 3], std=[1., 1, 1],
+                               bgr_to_rgb=True),
+        backbone=dict(type='ResNet', depth=18, num_stages=4,
+                      out_indices=(0, 1, 2, 3)),
+        neck=dict(type='FPN', in_channels=[64, 128, 256, 512],
+                  out_channels=8, num_outs=5, start_level=1),
+        bbox_head=dict(type='RetinaHead', num_classes=2, in_channels=8,
+                       anchor_generator=dict(type='AnchorGenerator',
+                                             strides=[8, 16, 32, 64, 128]))),
+    mmseg=dict(
+        type='EncoderDecoder',
+        backbone=dict(type='ResNetV1c', depth=18, num_stages=4,
+                      out_indices=(0, 1, 2, 3)),
+        decode_head=dict(type='FCNHead', in_channels=512, in_index=3,
+                         channels=8, num_classes=2)),
+    mmpretrain=dict(
+        type='ImageClassifier',
+        backbone=dict(type='ResNet', depth=18, num_stages=4,
+                      out_indices=(3, )),
+        neck=dict(type='GlobalAveragePooling'),
+        head=dict(type='LinearClsHead', num_classes=2, in_channels=512)))
+
+
+@st.composite
+def configs(draw):
+    """A config that could be swapped, with some of it replaced by junk."""
+    host = draw(st.sampled_from(sorted(BASE)))
+    cfg = dict(default_scope=host, model=draw(_damaged(BASE[host])),
+               optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)))
+    if draw(st.booleans()):
+        cfg[draw(KEYS)] = draw(TREES)
+    return draw(mutated(dict(
+        cfg=st.just(cfg),
+        arch=st.sampled_from(['rp_swin_tiny', 'rp-pvt-tiny', 'rp_deit_tiny',
+                              'rp_swn'])), at_most=1))
+
+
+@st.composite
+def _damaged(draw, node):
+    """A copy of nested dicts, some values junk and some keys gone."""
+    copy = {}
+    for key, value in node.items():
+        what = draw(st.integers(0, 14))
+        if what == 0:
+            continue
+        copy[key] = (draw(TREES) if what == 1 else draw(_damaged(value))
+                     if isinstance(value, dict) else value)
+    return copy
+
+
+def check_swap(case):
+    """A swap gives a config with our backbone, or a SwapError in words."""
+    args, _ = case
+    try:
+        new = swap_backbone(report=None, **args)
+    except SwapError as error:
+        assert str(error)
+        return
+    model = new.model if 'backbone' in new.model else new.model.detector
+    assert model.backbone.type.startswith('mmrpa.RP')
+
+
+PARSERS = sorted(
+    path.stem for path in TOOLS.glob('*.py')
+    if 'def parse_args(argv' in path.read_text())
+WORDS = st.one_of(
+    st.text(string.printable, max_size=5),
+    st.sampled_from(['-1', '0', 'nan', '1e9', '--', '/no/such', '']))
+
+
+@st.composite
+def command_lines(draw):
+    tool = draw(st.sampled_from(PARSERS))
+    flags = [word.strip('[],') for word in HELP[tool].split()
+             if word.strip('[],').startswith('--')]
+    words = st.one_of(WORDS, st.sampled_from(flags or ['--help']))
+    return tool, draw(st.lists(words, max_size=5))
+
+
+def _help(tool):
+    with contextlib.redirect_stdout(io.StringIO()) as out, \
+            contextlib.suppress(SystemExit):
+        load_tool(tool).parse_args(['--help'])
+    return out.getvalue()
+
+
+HELP = {tool: _help(tool) for tool in PARSERS}
+LOADED = {tool: load_tool(tool) for tool in PARSERS}
+
+
+def check_command_line(case):
+    """Arguments, or the usage and status 2 with one line of error."""
+    tool, argv = case
+    err = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(err), \
+                contextlib.redirect_stdout(io.StringIO()):
+            LOADED[tool].parse_args(argv)
+    except ValueError as error:
+        assert str(error).startswith('--'), error  # main() prints it
+    except SystemExit as stop:
+        assert stop.code in (0, 2), stop.code
+        if stop.code == 2:
+            last = err.getvalue().strip().splitlines()
+            assert any('error:' in line for line in last)
+
+
+def test_some_tools_are_fuzzed():
+    assert len(PARSERS) >= 10
+    assert all('--' in text for text in HELP.values())
+
+
+CHECKS = [
+    *((name, lambda case, name=name: check_call(name, case),
+       mutated(args, odd)) for name, (_, args, odd) in CALLS.items()),
+    ('swap', check_swap, configs()),
+    ('command line', check_command_line, command_lines())]
+
+
+@pytest.mark.parametrize(('check', 'strategy'), [c[1:] for c in CHECKS],
+                         ids=[c[0] for c in CHECKS])
+class TestEntryPoints:
+
+    def test_short(self, check, strategy):
+        fuzz.SHORT(given(strategy)(lambda case: check(case)))()
+
+    @pytest.mark.long
+    def test_long(self, check, strategy):
+        fuzz.LONG(given(strategy)(lambda case: check(case)))()
