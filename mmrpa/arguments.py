@@ -32,7 +32,8 @@ def check_number(name: str, value: Any, low: float = -math.inf,
         TypeError: It is not a number.
         ValueError: It is out of range, infinite or NaN.
     """
-    if isinstance(value, (bool, str)) or not hasattr(value, '__float__'):
+    if isinstance(value, (bool, str, Tensor)) or not hasattr(
+            value, '__float__'):
         raise TypeError(f'{name} must be a number, got {value!r}')
     if not (math.isfinite(value) and low <= value <= high):
         raise ValueError(f'{name} must be a finite number in [{low}, {high}], '

@@ -168,6 +168,13 @@ class PatchEmbed(nn.Module):
                                    self.projection.in_channels)
         x = F.pad(x, (0, missing(width, self.stride), 0,
                       missing(height, self.stride)))
+        kernel, padding = (self.projection.kernel_size[0],
+                           self.projection.padding[0])
+        # By the strides alone where they suffice: sides may be symbols.
+        if (kernel > self.stride + 2 * padding
+                and min(x.shape[-2:]) + 2 * padding < kernel):
+            raise ValueError(f'x is {height}x{width}, smaller than the kernel '
+                             f'of {kernel}x{kernel}; enlarge or pad it')
         x = self.projection(x)
         hw_shape = tuple(x.shape[-2:])
         x = x.flatten(2).transpose(1, 2)

@@ -88,6 +88,11 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         if not isinstance(optim_wrapper_cfg.get('optimizer'), dict):
             raise TypeError('optim_wrapper_cfg needs a dict as optimizer, got '
                             f'{optim_wrapper_cfg.get("optimizer")!r}')
+        custom = (paramwise_cfg or {}).get('custom_keys', {})
+        if not isinstance(custom, dict) or not all(
+                isinstance(options, dict) for options in custom.values()):
+            raise TypeError('custom_keys of paramwise_cfg must have a dict by '
+                            f'each name, got {custom!r}')
         super().__init__(optim_wrapper_cfg, paramwise_cfg)
         for name in self.paramwise_cfg:
             if name not in OPTIONS:
@@ -96,11 +101,6 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 hint = f'; did you mean {close[0]!r}?' if close else ''
                 raise ValueError(f'paramwise_cfg has an unknown key {name!r}'
                                  f'{hint} Allowed: {", ".join(OPTIONS)}')
-        custom = self.paramwise_cfg.get('custom_keys', {})
-        if not isinstance(custom, dict) or not all(
-                isinstance(options, dict) for options in custom.values()):
-            raise TypeError('custom_keys of paramwise_cfg must have a dict by '
-                            f'each name, got {custom!r}')
         for name in ('norm_decay_mult', 'bias_decay_mult',
                      'embed_decay_mult'):
             check_number(f'{name} of paramwise_cfg',
