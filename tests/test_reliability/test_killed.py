@@ -185,11 +185,15 @@ def test_one_of_two_is_killed(folder):
 
 @pytest.mark.long
 def test_two_are_started_again(folder):
-    """MAX_RESTARTS: the losses are those of two that nobody killed."""
+    """MAX_RESTARTS: the losses are those of two that nobody killed.
+
+    More than one, because gloo does not always find together: then a start
+    ends before the first step, and the next one does what it would have done.
+    """
     whole_dir, work_dir = folder / 'elastic_whole', folder / 'elastic'
     log = folder / 'elastic.log'
-    finish(two_processes(whole_dir), log)
-    process = start(two_processes(work_dir), log, MAX_RESTARTS='1')
+    finish(two_processes(whole_dir), log, MAX_RESTARTS='3')
+    process = start(two_processes(work_dir), log, MAX_RESTARTS='3')
     try:
         kill_one(process, work_dir, log)
         assert process.wait(240) == 0, log.read_text()
@@ -197,10 +201,10 @@ def test_two_are_started_again(folder):
         if process.poll() is None:
             kill_all(process)
     text = log.read_text()
-    assert text.count('restart 1: the training goes on from the last '
-                      f'checkpoint in {work_dir}') == 1
-    whole, = read_losses(whole_dir)
-    killed, resumed = read_losses(work_dir)
+    assert ('the training goes on from the last checkpoint in '
+            f'{work_dir}') in text
+    whole, = filter(None, read_losses(whole_dir))
+    killed, resumed = filter(None, read_losses(work_dir))
     assert max(killed) < 12 and min(resumed) in (4, 7) and max(resumed) == 12
     assert_equal([killed, resumed], whole)
 
