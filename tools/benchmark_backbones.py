@@ -18,11 +18,12 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
 import torch
 from benchmarks import measure
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.registry import MODELS
 from torch import nn
 
 from mmrpa.backbones.base import RPBackbone
+from mmrpa.cfg_options import DictAction
 
 SIZES = ('224x224', '512x512', '800x1344')
 PEERS = ('rp', 'own', 'dense', 'mmdet', 'timm')

@@ -218,7 +218,7 @@ def cpu_seconds() -> float:
 
 def parse_options(options: Sequence[str]) -> Dict[str, Any]:
     """``key=value`` items as a dict, as the hosts read them."""
-    from mmengine.config import DictAction
+    from mmrpa.cfg_options import DictAction
     parser = argparse.ArgumentParser()
     parser.add_argument('--o', nargs='*', action=DictAction, default={})
     return dict(parser.parse_args(['--o', *options]).o)

@@ -54,9 +54,11 @@ class CPUAmpOptimWrapper(OptimWrapper):
             f'mixed precision on the CPU, in {self.cast_dtype}, shows what it '
             'does to a training, and saves no time',
             logger='current')
-        self.loss_scaler = torch.amp.GradScaler(
-            'cpu',
-            **{'enabled': self.cast_dtype == torch.float16, **options})
+        options = {'enabled': self.cast_dtype == torch.float16, **options}
+        try:
+            self.loss_scaler = torch.amp.GradScaler('cpu', **options)
+        except (AssertionError, TypeError) as error:
+            raise TypeError(f'loss_scale={loss_scale!r}: {error}') from error
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         """Gradients of the scaled loss (); kwargs are Tensor.backward's."""

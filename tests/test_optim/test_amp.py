@@ -14,8 +14,8 @@ DTYPES = [torch.bfloat16, torch.float16]
 
 
 def wrapper(model, lr=0.5, **options):
-    return CPUAmpOptimWrapper(optimizer=SGD(model.parameters(), lr=lr),
-                              **options)
+    return CPUAmpOptimWrapper(
+        **dict(dict(optimizer=SGD(model.parameters(), lr=lr)), **options))
 
 
 def step(optim, model, x):
@@ -86,6 +86,8 @@ def test_from_a_config_by_name():
     (dict(dtype=16), TypeError, 'dtype must be a string'),
     (dict(loss_scale='static'), TypeError, "loss_scale must .*'static'"),
     (dict(loss_scale=True), TypeError, 'loss_scale must .*True'),
+    (dict(loss_scale=dict(foo=1)), TypeError, 'loss_scale=.*foo'),
+    (dict(optimizer=None), TypeError, 'optimizer must be one of torch.optim'),
     (dict(loss_scale=-1), ValueError, 'loss_scale must be above 0, got -1'),
     (dict(loss_scale=float('nan')), ValueError, 'above 0, got nan'),
 ])
