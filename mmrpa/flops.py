@@ -20,6 +20,7 @@ from .layers import (
     SpatialReductionAttention,
     WindowAttention,
 )
+from .safe_loading import use_safe_reader
 
 ATTENTIONS = (CrossShapedWindowAttention, DenseAttention, RPAttention,
               SpatialReductionAttention, WindowAttention)
@@ -120,6 +121,7 @@ def count_model(cfg: Config, hw_shape: Tuple[int, int]) -> Count:
         multiply-adds of inference.
     """
     init_default_scope(cfg.default_scope)
+    use_safe_reader()  # some models load their teacher when built
     with torch.device('meta'):
         model = MODELS.build(cfg.model).eval()
         images = torch.empty(1, model.backbone.in_channels, *hw_shape)

@@ -9,6 +9,7 @@ import argparse
 import errno
 import logging
 import os
+import pickle
 import re
 import runpy
 import sys
@@ -63,12 +64,11 @@ def run(name: str, doc: str, argv: Sequence[str]) -> None:
     sys.argv = [str(script), *host_argv]
     from mmrpa.safe_loading import (
         CheckpointSaveError,
-        forbid_unsafe,
-        use_safe_reader,
+        explain_refusal,
+        protect_process,
     )
     from mmrpa.weights.files import CheckpointError
-    use_safe_reader()
-    forbid_unsafe()
+    protect_process()
     try:
         if cpu_timeout is not None:
             _run_on_cpu(script, cpu_timeout)
@@ -76,6 +76,8 @@ def run(name: str, doc: str, argv: Sequence[str]) -> None:
             runpy.run_path(str(script), run_name='__main__')
     except (CheckpointError, CheckpointSaveError) as error:
         _stop(f'{name}.py: error: {error}')
+    except pickle.UnpicklingError as error:
+        _stop(f'{name}.py: error: {explain_refusal(error)}')
     except OSError as error:
         if error.errno not in _FULL:
             raise
@@ -108,7 +110,7 @@ def _parse(name: str, doc: str, argv: Sequence[str]) -> argparse.Namespace:
             raise SystemExit(2)
     if find_spec('mmengine') is None:
         _stop(f'{name}.py: error: mmengine is not installed: {_INSTALL}')
-    from mmengine.config import DictAction
+    from mmrpa.cfg_options import DictAction
     parser = argparse.ArgumentParser(f'{name}.py', usage, add_help=False)
     for position in positional:
         parser.add_argument(position)

@@ -14,6 +14,7 @@ import logging
 import os
 import pickle
 import re
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,35 @@ def forbid_unsafe() -> None:
     """
     os.environ.pop(_ALLOW, None)  # torch refuses to read with both
     os.environ[_FORBID] = '1'
+
+
+def protect_process() -> None:
+    """What each tool does first in whose process hosts read checkpoints.
+
+    :func:`use_safe_reader`, which says in a sentence what is wrong, and
+    :func:`forbid_unsafe` for hosts' classes that call ``torch.load``.
+    """
+    use_safe_reader()
+    forbid_unsafe()
+
+
+def explain_refusal(error: pickle.UnpicklingError) -> str:
+    """A sentence on what ``torch.load`` refused to a host's class.
+
+    Args:
+        error (UnpicklingError): What it raised, after
+            :func:`forbid_unsafe`; it does not name the file, but its frame
+            does.
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code is torch.load.__code__:
+            file = frame.f_locals['f']
+            try:
+                with explained(str(getattr(file, 'name', file))):
+                    raise error
+            except CheckpointError as refusal:
+                return str(refusal)
+    return f'a file was refused: {str(error).splitlines()[0]}'
 
 
 def newest_good_checkpoint(path: str) -> str | None:

@@ -22,3 +22,13 @@ def seed() -> None:
 def no_default_scope() -> None:
     """Forget the host that an earlier test has made the default."""
     DefaultScope._instance_dict.clear()
+
+
+@pytest.fixture(autouse=True)
+def own_torch_load_switches(monkeypatch) -> None:
+    """Take back what a tool has told torch.load of this process."""
+    for name in ('TORCH_FORCE_WEIGHTS_ONLY_LOAD',
+                 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'):
+        # Setting it first makes monkeypatch put back what there was before.
+        monkeypatch.setenv(name, '0')
+        monkeypatch.delenv(name)

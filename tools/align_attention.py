@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, Optional, Sequence
 
 import torch
-from mmengine.config import DictAction
 from mmengine.device import get_device
 from mmengine.dist import init_dist, is_main_process, master_only
 from torch import distributed as dist
 
+from mmrpa.cfg_options import DictAction
 from mmrpa.launch import load_config
+from mmrpa.safe_loading import protect_process
 from mmrpa.transfer import start_student
 from mmrpa.transfer.align import AttentionTransfer, transfer_errors
 from mmrpa.transfer.images import load_images, read_normalisation
@@ -231,6 +232,7 @@ def process_group(launcher: str) -> Iterator[None]:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the tool; returns the exit code."""
     args = parse_args(argv)
+    protect_process()
     try:
         with process_group(args.launcher):
             align(args)

@@ -13,12 +13,13 @@ import time
 from typing import Any, Dict, List, Optional, Sequence
 
 import torch
-from mmengine.config import DictAction
 from mmengine.hooks import Hook
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from mmrpa.cfg_options import DictAction
 from mmrpa.hooks import RoutingStatsHook
+from mmrpa.safe_loading import protect_process
 from mmrpa.visualization.models import read_config
 
 
@@ -139,6 +140,7 @@ def measure(cfg: Any, steps: int, interval: int) -> Dict[str, float]:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the tool; returns the exit code."""
     args = parse_args(argv)
+    protect_process()
     try:
         if args.steps < args.interval:
             raise ValueError(f'--steps {args.steps} must be at least '

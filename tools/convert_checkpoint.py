@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from torch import Tensor, nn
 
+from mmrpa.cfg_options import DictAction
+from mmrpa.safe_loading import protect_process
 from mmrpa.transfer import attention_pairs, start_student
 from mmrpa.weights import (
     DWC_STARTS,
@@ -247,6 +249,7 @@ def calibrate_file(args: argparse.Namespace, backbone: nn.Module,
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the tool; returns the exit code."""
     args = parse_args(argv)
+    protect_process()
     try:
         lines = convert_file(args)
     except (OSError, ModuleNotFoundError, TypeError, ValueError) as error:

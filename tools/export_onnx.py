@@ -7,8 +7,7 @@ import time
 from pathlib import Path
 from typing import Any, Dict, Optional, Sequence, Tuple
 
-from mmengine.config import DictAction
-
+from mmrpa.cfg_options import DictAction
 from mmrpa.export import (
     CHECK_SIZES,
     FORMATS,
@@ -20,6 +19,7 @@ from mmrpa.export import (
     export_model,
 )
 from mmrpa.export.formats import OPSETS, SUFFIXES, check_arguments
+from mmrpa.safe_loading import protect_process
 
 RANDOM = 'random'
 
@@ -116,6 +116,7 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the tool; returns the exit code: 1 if the export failed."""
     args = parse_args(argv)
+    protect_process()
     try:
         run(args)
     except (CheckError, ExportError) as error:

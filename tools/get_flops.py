@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, Optional, Sequence
 
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
+from mmrpa.cfg_options import DictAction
 from mmrpa.flops import (
     INPUT_SIZES,
     NUM_MASKS,
@@ -16,6 +17,7 @@ from mmrpa.flops import (
     count_model,
     count_twins,
 )
+from mmrpa.safe_loading import protect_process
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -124,6 +126,7 @@ def format_table(report: Dict[str, Any]) -> str:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the tool; returns the exit code."""
     args = parse_args(argv)
+    protect_process()
     try:
         report = get_flops(args.config, args.shape, args.cfg_options)
     except (FileNotFoundError, TypeError, ValueError) as error:

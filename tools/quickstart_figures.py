@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from mmengine.config import Config
 
+from mmrpa.safe_loading import protect_process
 from mmrpa.visualization import (
     effective_representatives,
     paint_routing,
     record_routing,
 )
+from mmrpa.weights import CheckpointError
 
 matplotlib.use('Agg')  # no screen needed
 
@@ -199,11 +201,16 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         parser.add_argument(f'{name}_checkpoint')
     parser.add_argument('out', type=Path, help='folder for the PNG files')
     args = parser.parse_args(argv)
+    protect_process()
     detector = (args.detector_config, args.detector_checkpoint)
-    draw_detections(*detector, args.out / 'detections.png')
-    draw_routing(*detector, args.out / 'routing.png')
-    draw_segmentation(args.segmentor_config, args.segmentor_checkpoint,
-                      args.out / 'segmentation.png')
+    try:
+        draw_detections(*detector, args.out / 'detections.png')
+        draw_routing(*detector, args.out / 'routing.png')
+        draw_segmentation(args.segmentor_config, args.segmentor_checkpoint,
+                          args.out / 'segmentation.png')
+    except (OSError, CheckpointError) as error:
+        print(f'quickstart_figures: error: {error}', file=sys.stderr)
+        return 1
     return 0
 
 

@@ -70,12 +70,14 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 1
     import torch
 
+    from mmrpa.safe_loading import protect_process
     from mmrpa.visualization.explorer import (
         Explorer,
         build_page,
         launch,
         load_models,
     )
+    protect_process()
     max_bytes = int(args.max_megabytes * 2**20)
     device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     try:

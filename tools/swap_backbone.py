@@ -5,9 +5,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 
+from mmrpa.cfg_options import DictAction
 from mmrpa.preflight import ConfigError
+from mmrpa.safe_loading import protect_process
 from mmrpa.swap import NAMES, SwapError, SwapRefused, swap, write_config
 from mmrpa.swap.check import StepError, run_step
 from mmrpa.swap.writing import check_file, read_config
@@ -70,6 +72,7 @@ def check(cfg: Config) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit code."""
     args = parse_args(argv)
+    protect_process()
     arch = args.arch.replace('-', '_').lower()
     out = args.out or Path(f'{Path(args.config).stem}_{arch}.py')
     try:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Iterator, List, Optional, Sequence, Tuple
 
 import torch
-from mmengine.config import DictAction
 
+from mmrpa.cfg_options import DictAction
+from mmrpa.safe_loading import protect_process
 from mmrpa.visualization.figures import (
     AUTO,
     MEAN,
@@ -214,6 +215,7 @@ def _names(images: Sequence[str]) -> List[str]:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the tool; returns the exit code."""
     args = parse_args(argv)
+    protect_process()
     try:
         paths = run(args)
     except (OSError, ValueError) as error:

@@ -18,6 +18,7 @@ from ..backbones.base import RPBackbone
 from ..launch import HOSTS, load_config
 from ..layers import RPAttention
 from ..preflight import ConfigError, MissingPathError
+from ..safe_loading import use_safe_reader
 from ..weights import CheckpointError, read_checkpoint
 from .geometry import Geometry, trace
 from .images import check_image
@@ -222,6 +223,7 @@ class RoutingModel:
         backbone = cfg.get('backbone')
         if attention is not None and isinstance(backbone, Mapping):
             backbone['attention'] = self._twin_attention(backbone, attention)
+        use_safe_reader()  # some models load their teacher when built
         try:
             # Weights are given, so what init_cfg names is not loaded: that
             # happens in init_weights, which is not called.

@@ -14,8 +14,10 @@ _TASKS = 300
 
 def _serve(connection: Connection, memory: float) -> None:
     """What the process does."""
+    from mmrpa.safe_loading import protect_process
     limit = int(memory * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    protect_process()
     while True:
         try:
             function, args = connection.recv()
