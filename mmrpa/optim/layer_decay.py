@@ -93,6 +93,11 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 isinstance(options, dict) for options in custom.values()):
             raise TypeError('custom_keys of paramwise_cfg must have a dict by '
                             f'each name, got {custom!r}')
+        decays = [n for n in OPTIONS[2:] if n in (paramwise_cfg or {})]
+        if decays and optim_wrapper_cfg['optimizer'].get(
+                'weight_decay') is None:
+            raise ValueError(f'{decays[0]} of paramwise_cfg needs the '
+                             'weight_decay of the optimizer')
         super().__init__(optim_wrapper_cfg, paramwise_cfg)
         for name in self.paramwise_cfg:
             if name not in OPTIONS:

@@ -59,8 +59,10 @@ def check_operator(case, dtype, impls, hw_shape):
              for name, t in exact.items()}
     for impl in impls:
         actual = run(tensors, scale * grad, impl, hw_shape)
-        if impl == 'triton' and case == 'large':
+        if case == 'large':
             check_large(actual)
+            if impl != 'triton':
+                check(actual, dict(out=exact['out']), dtype)
         else:
             check(actual, exact, dtype, 0.1 if impl == 'triton' else 1e-3)
 
@@ -127,8 +129,10 @@ def check_layer(case, dtype, modes, impls, hw_shape):
             actual = run_layer(
                 copy.deepcopy(layer).to(work), x.to(work),
                 (scale * grad).to(work), hw_shape, amp)
-            if case == 'large' and mode != 'float32':
+            if case == 'large':
                 check_large(actual)
+                if mode == 'float32':
+                    check(actual, dict(out=exact['out']), dtype)
             else:
                 check(actual, exact, dtype)
 
@@ -137,7 +141,10 @@ def check_large(actual):
     """Logits of 1e4 and more: rounding K decides which representative wins.
 
     So a whole layer in half precision, and a kernel that multiplies in it, are
-    not comparable, as no attention is that has one-hot rows.
+    not comparable, as no attention is that has one-hot rows. The operator's
+    own output is. Its gradients are not, not even in float32: all that they
+    consist of are the few tokens of two representatives with equal logits, of
+    1e8 in Distribute, which float32 knows to 8.
     """
     for name, t in actual.items():
         assert t.isfinite().all(), name
