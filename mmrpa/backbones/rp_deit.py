@@ -39,7 +39,9 @@ class DeiTStem(nn.Module):
         """Images to tokens (B, H * W or H * W + 1, C) and (H, W)."""
         x, hw_shape = self.patch_embed(x)
         if self.cls_token is not None:
-            x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
+            # Not len(x), which makes a number of the batch in an export.
+            cls_token = self.cls_token.expand(x.shape[0], -1, -1)
+            x = torch.cat((cls_token, x), dim=1)
         return self.pos_embed(x, hw_shape), hw_shape
 
 

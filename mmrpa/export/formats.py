@@ -147,12 +147,18 @@ def _for_all_sizes(program: ExportedProgram, smallest: int) -> ExportedProgram:
     for dim, low in ((0, 1), (2, smallest), (3, smallest)):
         symbol = shape[dim].node.expr
         bounds[symbol] = type(bounds[symbol])(low, bounds[symbol].upper)
-    return ExportedProgram(
+    result = ExportedProgram(
         root=program.graph_module, graph=program.graph,
         graph_signature=program.graph_signature,
         state_dict=program.state_dict, range_constraints=bounds,
         module_call_graph=program.module_call_graph,
-        example_inputs=program.example_inputs, constants=program.constants)
+        example_inputs=program.example_inputs, constants=program.constants,
+        verifiers=program.verifiers)
+    # From torch 2.9 on they are kept as code, too, which a loaded program
+    # runs; nothing public takes it out.
+    if hasattr(result, '_guards_code'):
+        result._guards_code = []
+    return result
 
 
 # The two formats: writing, and reading back to check.

@@ -239,7 +239,7 @@ def shift_mask(padded: HW, window_size: int, shifts: HW,
     regions = partition(regions, (window_size, ) * 2).squeeze(-1)
     differ = regions.unsqueeze(1) != regions.unsqueeze(2)
     return torch.zeros_like(
-        differ, dtype=like.dtype).masked_fill_(differ, float('-inf'))
+        differ, dtype=like.dtype).masked_fill(differ, float('-inf'))
 
 
 class CrossShapedWindowAttention(nn.Module):
