@@ -44,7 +44,7 @@ def _work(rank: int, size: int, folder: str, function: Callable,
                       LOCAL_RANK=str(rank))
     dist.init_process_group(
         'gloo', init_method=f'file://{folder}/group', rank=rank,
-        world_size=size, timeout=timedelta(seconds=120))
+        world_size=size, timeout=timedelta(seconds=600))
     torch.save(function(rank, *args), Path(folder, str(rank)))
     dist.barrier()  # nobody leaves while another one still talks to it
     dist.destroy_process_group()

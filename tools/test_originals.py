@@ -67,10 +67,9 @@ def parse_args(argv: list[str] | None = None) -> tuple:
 
 
 def select(quick: bool) -> list[str]:
-    """Arguments for pytest: paths, and what is left out of them."""
+    """Arguments for pytest: paths, and those left out of them."""
     args = [f'tests/{path}' for path in QUICK] if quick else ['tests']
-    args += [f'--ignore=tests/{path}' for path in LEFT_OUT]
-    return args + [f'--deselect=tests/{name}' for name in DESELECTED]
+    return args + [f'--ignore=tests/{path}' for path in LEFT_OUT]
 
 
 def report(env: Path, python: Path) -> None:
@@ -111,6 +110,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     own = any(os.path.exists(arg.split('::')[0]) for arg in pytest_args)
     command = [interpreter(env), '-m', 'pytest', '-p', 'no:cacheprovider',
+               *(f'--deselect=tests/{name}' for name in DESELECTED),
                *pytest_args, *([] if own else select(args.quick))]
     # Nothing of the tested set may come in by the environment's variables.
     variables = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}

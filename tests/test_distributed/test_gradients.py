@@ -4,15 +4,16 @@ import pytest
 import torch
 from parallel_steps import all_steps, ddp_steps, make, take_steps
 from processes import run_in_processes
-from zoo import SMALL, attentions
+from zoo import SMALL
 
 SIZE = 2
 # All that a user may ask for at once. DDP is told that no parameter is unused
 # in every case, and says so in the second step if one is.
 TOGETHER = dict(frozen_stages=1, out_indices=(1, 2), with_cp=True)
 OPTIONS = {
-    **{f'{f}-{a}': (f, dict(attention=a))
-       for f in SMALL for a in attentions(f)},
+    **{f'{f}-rp': (f, {}) for f in SMALL},
+    **{f'{f}-own': (f, dict(attention=SMALL[f][0].own_attention))
+       for f in SMALL},
     **{f'{f}-together': (f, TOGETHER) for f in SMALL},
     'swin-naive': ('swin', dict(TOGETHER, rp_cfg=dict(impl='naive'))),
     'swin-no-norm': ('swin', dict(TOGETHER, norm_cfg=None)),

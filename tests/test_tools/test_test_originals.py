@@ -128,10 +128,25 @@ def test_what_is_left_out_exists(tool):
             assert (TOOLS.parent / 'configs' / case).is_file()
 
 
-def test_select(tool):
-    everything, quick = tool.select(False), tool.select(True)
-    assert everything[0] == 'tests' and 'tests/test_registry.py' in quick
-    for args in (everything, quick):
-        assert '--ignore=tests/test_ops' in args
-        assert sum(a.startswith('--deselect=tests/') for a in args) == len(
-            tool.DESELECTED)
+@pytest.mark.parametrize('args, selected', [
+    (['-q'], ['-q', 'tests', '--ignore=tests/test_ops']),
+    (['--quick'], ['tests/test_registry.py', '--ignore=tests/test_ops']),
+    ([str(TESTS / 'test_docs.py')], [str(TESTS / 'test_docs.py')]),
+], ids=['all', 'quick', 'own'])
+def test_what_is_run(args, selected, tool, monkeypatch, tmp_path):
+    commands = []
+
+    def run(command, **options):
+        commands.append(list(map(str, command)))
+        return subprocess.CompletedProcess(command, 5, '', '')
+
+    monkeypatch.setattr(tool, 'prepare', lambda env: False)
+    monkeypatch.setattr(tool, 'report', lambda env, python: None)
+    monkeypatch.setattr(tool.subprocess, 'run', run)
+    assert tool.main(['--env', str(tmp_path), *args]) == 5  # pytest's status
+    command, = commands
+    assert command[:3] == [f'{tmp_path}/bin/python', '-m', 'pytest']
+    assert set(selected) <= set(command)
+    assert ('--ignore=tests/test_ops' in command) == (len(selected) > 1)
+    assert sum(a.startswith('--deselect=tests/') for a in command) == len(
+        tool.DESELECTED)
