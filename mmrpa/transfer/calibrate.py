@@ -115,8 +115,9 @@ def calibrate(backbone: nn.Module,
         if isinstance(module, RPAttention)
     }
     if not layers:
-        raise ValueError(f'{type(backbone).__name__} has no RPAttention '
-                         "layer to calibrate; is its attention 'rp'?")
+        raise ValueError(f'backbone {type(backbone).__name__} has no '
+                         "RPAttention layer to calibrate; is its attention "
+                         "'rp'?")
     starts = dict.fromkeys(layers, dwc) if isinstance(dwc, str) else dwc
     for name in layers:
         check_one_of(f'dwc of {name}', starts.get(name), DWC_STARTS)
