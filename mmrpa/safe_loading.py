@@ -3,7 +3,8 @@
 mmengine reads checkpoints for ``load_from``, ``--resume`` and ``init_cfg``
 with ``torch.load``; where that refuses a file, mmengine 0.10.12 of the forks
 reads it again without any protection, and 0.10.7 has no protection at all
-before torch 2.6. Neither notices changed bytes. :func:`use_safe_reader` puts
+before torch 2.6. Both run a text in ``meta['config']`` as Python when they
+resume. Neither notices changed bytes. :func:`use_safe_reader` puts
 :func:`read_training_checkpoint` in their place, and :func:`forbid_unsafe`
 closes what other ways there are.
 """
@@ -260,8 +261,11 @@ def _find_damage(path: str) -> str | None:
 
 # mmengine logs a loader's name from the eleventh letter on.
 def load_from_local(filename: str, map_location: Any = None) -> Any:
-    """mmengine's loader of files: :func:`read_training_checkpoint`."""
-    return read_training_checkpoint(filename, map_location)
+    """mmengine's loader of files: :func:`read_training_checkpoint`.
+
+    Without the text of a config, see :func:`_without_program`.
+    """
+    return _without_program(read_training_checkpoint(filename, map_location))
 
 
 def load_from_http(filename: str, map_location: Any = None,
@@ -288,7 +292,20 @@ def load_from_http(filename: str, map_location: Any = None,
                 filename, str(path), progress=progress)
         if turn:
             barrier()
-    return read_training_checkpoint(path, map_location)
+    return _without_program(read_training_checkpoint(path, map_location))
+
+
+def _without_program(checkpoint: Any) -> Any:
+    """Leave out ``meta['config']``, which mmengine runs as Python.
+
+    It does so when a training is resumed, to compare ``gpu_ids``. Its own
+    checkpoints have no such entry (theirs is ``meta['cfg']``), those of
+    mmcv 1.x have.
+    """
+    meta = checkpoint.get('meta') if isinstance(checkpoint, dict) else None
+    if isinstance(meta, dict):
+        meta.pop('config', None)
+    return checkpoint
 
 
 @contextlib.contextmanager

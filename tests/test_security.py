@@ -17,6 +17,7 @@ from mmengine.runner import CheckpointLoader, checkpoint
 from PIL import Image
 
 from mmrpa import launch
+from mmrpa.safe_loading import read_training_checkpoint
 
 ROOT = TOOLS.parent
 DETECTOR = str(next((ROOT / 'configs/mmdet/quickstart').glob('*.py')))
@@ -210,6 +211,19 @@ def test_code_in_a_checkpoint_is_refused(place, material, here, capsys):
     assert 'Traceback' not in '\n'.join(lines)
     assert not (material / 'ran').exists()
     assert not (here / 'out.pth').exists()
+
+
+def test_text_in_a_checkpoint_is_not_run(material, here):
+    """mmengine runs meta['config'] as Python, whatever read the file."""
+    config = str(material / 'classifier.py')
+    launch.run('train', '', [config, '--no-preflight'])
+    path = str(here / 'text.pth')
+    state = read_training_checkpoint('work/epoch_1.pth')
+    assert 'config' not in state['meta']  # mmengine's own do not need it
+    state['meta']['config'] = f'open({str(material / "ran")!r}, "w").close()'
+    torch.save(state, path)
+    launch.run('train', '', [config, '--no-preflight', '--resume', path])
+    assert not (material / 'ran').exists()
 
 
 def test_the_file_is_as_bad_as_it_claims(material):
