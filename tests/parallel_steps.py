@@ -4,6 +4,8 @@ What ``tests/test_distributed`` compares: it imports torch and mmrpa only, so
 that new processes start fast.
 """
 
+from unittest import mock
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -44,6 +46,8 @@ def loss_of(maps: tuple[Tensor, ...]) -> Tensor:
                     for m, w in zip(maps, weights, strict=True))
 
 
+# Small maps take the operator of the layer, too, as large ones do.
+@mock.patch.object(absorbed, 'MIN_TOKENS', 16)
 def take_steps(model: nn.Module, rank: int = 0, size: int = 1,
                steps: int = STEPS) -> dict[str, Tensor]:
     """Train on this process's share of each batch.
@@ -52,8 +56,6 @@ def take_steps(model: nn.Module, rank: int = 0, size: int = 1,
         dict[str, Tensor]: ``grad.*`` of the first step, and the values of all
         parameters and buffers after the last one.
     """
-    # Small maps take the operator of the layer, too, as large ones do.
-    absorbed.MIN_TOKENS = 16
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, LR, momentum=0.9)
     result = {}
