@@ -74,7 +74,7 @@ def run(name: str, doc: str, argv: Sequence[str]) -> None:
             _run_on_cpu(script, cpu_timeout)
         else:
             runpy.run_path(str(script), run_name='__main__')
-    except (CheckpointError, CheckpointSaveError) as error:
+    except (CheckpointError, CheckpointSaveError, ConfigError) as error:
         _stop(f'{name}.py: error: {error}')
     except pickle.UnpicklingError as error:
         _stop(f'{name}.py: error: {explain_refusal(error)}')
@@ -161,6 +161,7 @@ def _prepare(name: str, args: argparse.Namespace, argv: Sequence[str],
         host_argv = _scale_lr(cfg, scope, host_argv)
     if name == 'train':
         host_argv = amp_on_cpu(cfg, args.amp, host_argv)
+        host_argv += _data_check_options(cfg, args)
     cpu_timeout = None
     if args.launcher != 'none':
         options = _cpu_options(cfg, args.launcher)
@@ -181,6 +182,19 @@ def _prepare(name: str, args: argparse.Namespace, argv: Sequence[str],
         for note in notes if _local_rank() == 0 else ():
             print(f'mmrpa: {note}', flush=True)
     return script, host_argv, cpu_timeout
+
+
+def _data_check_options(cfg: Mapping, args: argparse.Namespace) -> list[str]:
+    """Tell DataCheckHook, which checks again, what the user accepts."""
+    key = 'default_hooks.data_check'
+    if not (cfg.get('default_hooks') or {}).get('data_check'):
+        return []
+    options = []
+    if args.allow_subset:
+        options.append(f'{key}.allow_subset=True')
+    if args.no_preflight:
+        options.append(f'{key}.enabled=False')
+    return ['--cfg-options', *options] if options else []
 
 
 def load_config(path: str, options: Mapping | None = None) -> Mapping:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
+from typing import NamedTuple
 
 from mmrpa.coco_categories import read_categories
 
@@ -30,6 +31,20 @@ class MissingPathError(ConfigError, FileNotFoundError):
     """A :class:`ConfigError` with at least one path that does not exist."""
 
 
+class Problem(NamedTuple):
+    """A mistake.
+
+    Attributes:
+        code (str): Name of its kind, as in docs/check_data.md.
+        where (str): Dotted key in the config of the dataset or evaluator.
+        text (str): What is wrong, and how to mend it.
+    """
+
+    code: str
+    where: str
+    text: str
+
+
 @dataclass
 class _Findings:
     """What the checks collect.
@@ -37,12 +52,12 @@ class _Findings:
     By key, so that a mistake that shows in each split is told once.
     """
 
-    problems: dict[object, str] = field(default_factory=dict)
+    problems: dict[object, Problem] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
-    path_missing: bool = False
 
-    def problem(self, text: str, key: object = None) -> None:
-        self.problems.setdefault(key or text, text)
+    def problem(self, code: str, where: str, text: str,
+                key: object = None) -> None:
+        self.problems.setdefault(key or text, Problem(code, where, text))
 
     def note(self, text: str) -> None:
         self.notes.setdefault(text, text)
@@ -73,6 +88,31 @@ def check_config(cfg: Mapping,
         ConfigError: (a ValueError) If there are other problems only, or if
             ``splits`` is wrong.
     """
+    problems, notes = find_problems(cfg, splits, allow_subset)
+    if problems:
+        name = osp.basename(getattr(cfg, 'filename', None) or 'config')
+        missing = any(p.code == 'missing-path' for p in problems)
+        kind = MissingPathError if missing else ConfigError
+        raise kind('\n'.join([
+            f'{name}: {len(problems)} problem(s) found before start '
+            f'(working directory {osp.abspath(osp.curdir)})',
+            *(f'- {problem.text}' for problem in problems)
+        ]))
+    return notes
+
+
+def find_problems(cfg: Mapping, splits: Sequence[str],
+                  allow_subset: bool) -> tuple[list[Problem], list[str]]:
+    """What :func:`check_config` checks, as lists of problems and of notes.
+
+    Args:
+        cfg (Mapping): As for :func:`check_config`, like all arguments.
+        splits (Sequence[str]): Which splits.
+        allow_subset (bool): Accept categories that the classes lack.
+
+    Raises:
+        ConfigError: If ``splits`` is wrong.
+    """
     unknown = [split for split in splits if split not in _SPLITS]
     if unknown:
         raise ConfigError(f'splits={tuple(splits)!r}: unknown {unknown}; use '
@@ -86,33 +126,25 @@ def check_config(cfg: Mapping,
             continue
         ann_files = []
         root = f'{split}_dataloader.dataset'
-        for key, dataset in _iter_datasets(loader.get('dataset'), root):
+        for key, dataset in iter_datasets(loader.get('dataset'), root):
             checked = _Dataset(key, dataset, scope)
             checked.check(found, heads, allow_subset)
             if checked.ann_file is not None:
                 ann_files.append(checked.ann_file)
         _check_evaluators(cfg, split, ann_files, found)
-    if found.problems:
-        name = osp.basename(getattr(cfg, 'filename', None) or 'config')
-        kind = MissingPathError if found.path_missing else ConfigError
-        raise kind('\n'.join([
-            f'{name}: {len(found.problems)} problem(s) found before start '
-            f'(working directory {osp.abspath(osp.curdir)})',
-            *(f'- {text}' for text in found.problems.values())
-        ]))
-    return list(found.notes)
+    return list(found.problems.values()), list(found.notes)
 
 
-def _iter_datasets(dataset: object,
-                   key: str) -> Iterator[tuple[str, Mapping]]:
+def iter_datasets(dataset: object,
+                  key: str) -> Iterator[tuple[str, Mapping]]:
     """Yield (dotted key, config) of each dataset that is not a wrapper."""
     if not isinstance(dataset, Mapping):
         return
     if isinstance(dataset.get('dataset'), Mapping):
-        yield from _iter_datasets(dataset['dataset'], f'{key}.dataset')
+        yield from iter_datasets(dataset['dataset'], f'{key}.dataset')
     elif isinstance(dataset.get('datasets'), (list, tuple)):
         for i, child in enumerate(dataset['datasets']):
-            yield from _iter_datasets(child, f'{key}.datasets.{i}')
+            yield from iter_datasets(child, f'{key}.datasets.{i}')
     else:
         yield key, dataset
 
@@ -130,7 +162,7 @@ def _iter_heads(node: object, key: str,
             yield from _iter_heads(child, f'{key}.{i}', in_head)
 
 
-def _backend_of(cfg: Mapping, path: str) -> str | None:
+def backend_of(cfg: Mapping, path: str) -> str | None:
     """Name of the backend that reads ``path``, None if it is the disk."""
     backend = (cfg.get('backend_args') or {}).get('backend', 'local')
     if backend != 'local':
@@ -152,16 +184,16 @@ def _check_path(cfg: Mapping, key: str, value: str, path: str,
     Returns:
         bool: Whether the path is on this machine's disk.
     """
-    backend = _backend_of(cfg, path)
+    backend = backend_of(cfg, path)
     if backend is not None:
         found.note(f'not checked: {key}={value!r} (backend {backend!r})')
         return False
     if osp.exists(path):
         return True
     where = '' if path == value else f' (looked for {path!r})'
-    found.problem(f'{key}={value!r} does not exist{where}. Put or link the '
+    found.problem('missing-path', key,
+                  f'{key}={value!r} does not exist{where}. Put or link the '
                   f'data there, or set it: --cfg-options {key}=PATH')
-    found.path_missing = True
     return False
 
 
@@ -204,7 +236,7 @@ class _Dataset:
         kind = cfg.get('type')
         self.name = kind if isinstance(kind, str) else getattr(
             kind, '__name__', str(kind))
-        self.cls = _find_class(kind, scope)
+        self.cls = find_class(kind, scope)
         self.ann_file: str | None = None  # set once it is known to exist
         self.img_dir: str | None = None
 
@@ -213,10 +245,10 @@ class _Dataset:
         """Run all checks that fit the dataset's type."""
         self._check_paths(found)
         classes, names_file = self._classes(found)
-        if _inherits(self.cls, 'mmdet.datasets.coco', 'CocoDataset',
+        if inherits(self.cls, 'mmdet.datasets.coco', 'CocoDataset',
                      'load_data_list'):
             self._check_coco(classes, found, allow_subset)
-        if _inherits(self.cls, 'mmpretrain.datasets.custom', 'CustomDataset',
+        if inherits(self.cls, 'mmpretrain.datasets.custom', 'CustomDataset',
                      'load_data_list'):
             classes = self._check_folders(classes, found)
         if classes is None:
@@ -224,6 +256,7 @@ class _Dataset:
         for head, num_classes in heads:
             if num_classes != len(classes):
                 found.problem(
+                    'num-classes', self.key,
                     f'{head}={num_classes}, but {self.key} ({self.name}) has '
                     f'{len(classes)} classes{names_file}: '
                     f'{_some(classes)}. Set --cfg-options '
@@ -280,7 +313,7 @@ class _Dataset:
 
     def _split(self) -> str:
         """The ``split`` of mmpretrain's ImageNet, which names a folder."""
-        if _inherits(self.cls, 'mmpretrain.datasets.imagenet', 'ImageNet',
+        if inherits(self.cls, 'mmpretrain.datasets.imagenet', 'ImageNet',
                      '__init__'):
             return self.cfg.get('split') or ''
         return ''
@@ -305,9 +338,16 @@ class _Dataset:
         if not isinstance(classes, str):
             return classes, ''
         if osp.isfile(classes):
-            lines = Path(classes).read_text(encoding='utf-8').splitlines()
+            try:
+                text = Path(classes).read_text(encoding='utf-8')
+            except (OSError, UnicodeDecodeError) as error:
+                found.problem('class-names', self.key,
+                              f'{key}={classes!r} cannot be read: {error}')
+                return None, ''
+            lines = text.splitlines()
             return [line.strip() for line in lines], f' (from {classes!r})'
-        found.problem(f'{key}={classes!r} is a string and no file of that '
+        found.problem('class-names', self.key,
+                      f'{key}={classes!r} is a string and no file of that '
                       f'name exists. For one class write ({classes!r}, )')
         return None, ''
 
@@ -318,12 +358,18 @@ class _Dataset:
                                 True) and self._split() != 'test'
         if self.img_dir is None or self.ann_file is not None or not labelled:
             return classes
+        if not osp.isdir(self.img_dir):
+            found.problem('missing-path', self.key,
+                          f'{self.key}: {self.img_dir!r} is no folder, but '
+                          'its folders are the classes')
+            return classes
         if any(name == 'ann_file' for name, _ in self._values()):
             return classes
         folders = sorted(p.name for p in Path(self.img_dir).iterdir()
                          if p.is_dir() and not p.name.startswith('.'))
         if classes is not None and len(classes) != len(folders):
             found.problem(
+                'class-folders', self.key,
                 f'{self.key} ({self.name}) has {len(classes)} classes '
                 f'({_some(classes)}), but {self.img_dir!r} has '
                 f'{len(folders)} folders: {_some(folders)}. Set '
@@ -338,8 +384,9 @@ class _Dataset:
             return
         try:
             names, note = read_categories(self.ann_file)
-        except ValueError as error:
-            found.problem(f'{self.key}.ann_file: {error}')
+        except (OSError, RecursionError, ValueError) as error:
+            found.problem('annotation-file', self.key,
+                          f'{self.key}.ann_file: {error}')
             return
         if note:
             found.note(note)
@@ -349,12 +396,14 @@ class _Dataset:
         lacking = [name for name in classes if name not in names]
         if lacking:
             found.problem(
+                'categories', self.key,
                 f'{where} lacks {len(lacking)} of the {len(classes)} classes '
                 f'of the config: {_some(lacking)}; the file has '
                 f'{_some(names)}. {fix}')
         dropped = [name for name in names if name not in classes]
         if dropped and not allow_subset:
             found.problem(
+                'categories', self.key,
                 f'{where} has {len(dropped)} categories that the config '
                 f'lacks: {_some(dropped)}; their annotations would be '
                 f'dropped. {fix}, or pass --allow-subset if that is wanted')
@@ -362,6 +411,7 @@ class _Dataset:
             shared = [name for name in names if name in classes]
             if shared != list(classes):
                 found.problem(
+                    'categories', self.key,
                     f'{where} lists the classes in another order than the '
                     f'config: file {_some(shared)}, config {_some(classes)}. '
                     'mmdet numbers labels in the order of the file, so the '
@@ -374,7 +424,7 @@ def _some(names: Sequence[str]) -> str:
     return text + (f' and {len(names) - 10} more' if len(names) > 10 else '')
 
 
-def _find_class(kind: object, scope: str | None) -> type | None:
+def find_class(kind: object, scope: str | None) -> type | None:
     """The class of a dataset type, None if no registry knows it."""
     if isinstance(kind, type):
         return kind
@@ -393,7 +443,7 @@ def _find_class(kind: object, scope: str | None) -> type | None:
     return registry.DATASETS.get(kind)
 
 
-def _inherits(cls: type | None, module: str, name: str, method: str) -> bool:
+def inherits(cls: type | None, module: str, name: str, method: str) -> bool:
     """Whether ``cls`` has ``method`` unchanged from class ``name``.
 
     Classes are compared by name so that no host is imported for a config

@@ -22,5 +22,6 @@ default_hooks = dict(
     checkpoint=dict(
         type='mmrpa.SafeCheckpointHook', by_epoch=False, interval=16000),
     resume=dict(type='mmrpa.ExactResumeHook'),
+    data_check=dict(type='mmrpa.DataCheckHook'),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='SegVisualizationHook'))

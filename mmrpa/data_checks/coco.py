@@ -1,0 +1,333 @@
+"""Checks of annotation files in COCO's format, and of their images."""
+
+import json
+import math
+import os.path as osp
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from .context import Context, Histogram
+from .rle import RLEError, check_rle
+
+_LARGEST = 2**53  # greater integers are no pixels, and no doubles
+_QUICK_SIZE = 50 * 2**20  # bytes; parsed in about a second
+_TOLERANCE = 1.0  # pixels; COCO's own boxes reach out by rounding
+
+
+def check_coco(context: Context) -> Histogram | None:
+    """Check an mmdet CocoDataset; returns boxes by class, without crowds.
+
+    The file is parsed whole, as mmdet does.
+    """
+    dataset = context.dataset
+    path = dataset.ann_file
+    if context.options.quick and osp.getsize(path) > _QUICK_SIZE:
+        context.note(
+            'sampled', f'{path!r} has {osp.getsize(path) / 2**20:.0f} MB: its '
+            'annotations and images were left out')
+        return None
+    content = _load(context, path)
+    if content is None:
+        return None
+    check = _CocoCheck(context, content)
+    check.check_entries()
+    check.check_files()
+    return check.histogram
+
+
+def _load(context: Context, path: str) -> dict | None:
+    """Parse a file that has at least the three lists."""
+    try:
+        with open(path, encoding='utf-8') as file:
+            content = json.load(file)
+    except (OSError, ValueError, RecursionError) as error:
+        context.add('annotation-file', f'{path}: not valid JSON: {error}')
+        return None
+    if not isinstance(content, dict):
+        context.add('annotation-file', f'{path}: holds a '
+                    f'{type(content).__name__} and no object')
+        return None
+    lacking = [key for key in ('images', 'annotations', 'categories')
+               if not isinstance(content.get(key), list)]
+    for key in lacking:
+        context.add('annotation-file', f'{path}: has no list {key!r}')
+    return None if lacking else content
+
+
+def _is_id(value: object) -> bool:
+    return type(value) is int
+
+
+def _is_number(value: object) -> bool:
+    """An integer or a float, NaN and infinity included."""
+    return type(value) is float or (type(value) is int
+                                    and abs(value) <= _LARGEST)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + '...'
+
+
+class _CocoCheck:
+    """The checks of one parsed file."""
+
+    def __init__(self, context: Context, content: dict) -> None:
+        self.context = context
+        self.content = content
+        self.images: dict[int, dict] = {}
+        # Ids of entries that are wrong themselves: what refers to them is
+        # not told once more.
+        self.excused: set = set()
+        self.categories: dict[int, str] = {}
+        self.annotation_ids: set[int] = set()
+        self.boxes: Counter = Counter()  # by category, without crowds
+        self.occurs: Counter = Counter()  # images by category
+        self.seen: dict[int, set[int]] = {}  # categories by image
+        self.crowds: set[int] = set()  # images with a crowd
+        self.tiny = 0
+        self.histogram = Histogram('boxes')
+
+    def check_entries(self) -> None:
+        """Check all that is in the file."""
+        self._check_categories()
+        for number, entry in enumerate(self.content['images']):
+            self._check_image(number, entry)
+        if not self.content['images']:
+            self.context.add('no-images', f'{self.context.dataset.ann_file}: '
+                             "the list 'images' is empty")
+        for number, entry in enumerate(self.content['annotations']):
+            self._check_annotation(number, entry)
+        self._note_images()
+        self._fill_histogram()
+
+    def check_files(self) -> None:
+        """Check the images themselves."""
+        prefix = self.context.dataset.data_prefix.get('img') or ''
+        entries = list(self.images.values())
+        self.context.is_sampled(len(entries))
+
+        def path_of(entry: dict) -> str:
+            return osp.join(prefix, entry['file_name'])
+
+        for entry, facts in self.context.read(entries, path_of):
+            if not self.context.report_file(
+                    f'{path_of(entry)} (image {entry["id"]})', facts):
+                continue
+            size = (entry['width'], entry['height'])
+            if size != facts.size:
+                self.context.add(
+                    'image-size', f'{path_of(entry)} (image {entry["id"]}): '
+                    f'{facts.size[0]}x{facts.size[1]}, annotated as '
+                    f'{size[0]}x{size[1]} (width x height)')
+
+    def _check_categories(self) -> None:
+        names: set[str] = set()
+        for number, entry in enumerate(self.content['categories']):
+            if not (isinstance(entry, dict) and _is_id(entry.get('id'))
+                    and isinstance(entry.get('name'), str)):
+                self.context.add(
+                    'annotation-file', f'categories[{number}] is '
+                    f'{_short(entry)}; it needs an integer id and a name')
+                if isinstance(entry, dict):
+                    self._excuse(entry.get('id'))
+                continue
+            if entry['id'] in self.categories or entry['name'] in names:
+                self.context.add(
+                    'duplicate-category', f'categories[{number}]: id '
+                    f'{entry["id"]}, name {entry["name"]!r}')
+            names.add(entry['name'])
+            self.categories.setdefault(entry['id'], entry['name'])
+
+    def _excuse(self, value: Any) -> None:
+        """Do not report what refers to the entry with this wrong id."""
+        if isinstance(value, (str, int, float)):
+            self.excused.add(value)
+        if isinstance(value, str) and value.isdecimal() and len(value) < 20:
+            self.excused.add(int(value))
+
+    def _check_image(self, number: int, entry: object) -> None:
+        wrong = list(_image_errors(entry))
+        if wrong:
+            self.context.add('image-entry',
+                             f'images[{number}]: ' + '; '.join(wrong))
+            if isinstance(entry, dict):
+                self._excuse(entry.get('id'))
+            return
+        if entry['id'] in self.images:
+            first = self.images[entry['id']]['file_name']
+            self.context.add(
+                'duplicate-image-id', f'image {entry["id"]}: {first!r} and '
+                f'{entry["file_name"]!r}')
+            return
+        self.images[entry['id']] = {
+            key: entry[key]
+            for key in ('id', 'file_name', 'width', 'height')
+        }
+
+    def _check_annotation(self, number: int, entry: object) -> None:
+        wrong = list(_annotation_errors(entry))
+        if wrong:
+            self.context.add('annotation-entry',
+                             f'annotations[{number}]: ' + '; '.join(wrong))
+            if isinstance(entry, dict) and _is_id(entry.get('image_id')):
+                # it has one, even if it is wrong
+                self.seen.setdefault(entry['image_id'], set())
+            return
+        image_id, category = entry['image_id'], entry['category_id']
+        image = self.images.get(image_id)
+        name = f'annotation {entry["id"]} (image {image_id}' + (
+            f', {image["file_name"]!r})' if image else ')')
+        if entry['id'] in self.annotation_ids:
+            self.context.add('duplicate-annotation-id', name)
+        self.annotation_ids.add(entry['id'])
+        if image is None and image_id not in self.excused:
+            self.context.add('unknown-image', name)
+        if category not in self.categories and category not in self.excused:
+            self.context.add('unknown-category',
+                             f'{name}: category {category}')
+        known = self.seen.setdefault(image_id, set())
+        if entry.get('iscrowd', 0):
+            self.crowds.add(image_id)
+        else:
+            self.boxes[category] += 1
+            if category not in known:
+                known.add(category)
+                self.occurs[category] += 1
+        self._check_box(entry, image, name)
+        self._check_mask(entry, image, name)
+
+    def _check_box(self, entry: dict, image: dict | None, name: str) -> None:
+        box, area = entry['bbox'], entry['area']
+        if not all(map(math.isfinite, (*box, area))):
+            self.context.add('not-finite',
+                             f'{name}: bbox {box}, area {area}')
+            return
+        x, y, width, height = box
+        if width <= 0 or height <= 0:
+            self.context.add('box-empty', f'{name}: bbox {box}')
+            return
+        if width < 1 or height < 1:
+            self.tiny += 1
+        if area <= 0:
+            self.context.add('area-empty', f'{name}: area {area}')
+        if image is not None and not (
+                x >= -_TOLERANCE and y >= -_TOLERANCE
+                and x + width <= image['width'] + _TOLERANCE
+                and y + height <= image['height'] + _TOLERANCE):
+            self.context.add(
+                'box-outside', f'{name}: bbox {box} in an image of '
+                f'{image["width"]}x{image["height"]}')
+
+    def _check_mask(self, entry: dict, image: dict | None,
+                    name: str) -> None:
+        mask = entry.get('segmentation')
+        if not mask:
+            if self.context.loads_masks:
+                self.context.add('mask-missing',
+                                 f'{name}: segmentation is {mask!r}')
+        elif isinstance(mask, list):
+            for polygon in mask:
+                self._check_polygon(polygon, name)
+        elif isinstance(mask, dict) and image is not None:
+            try:
+                check_rle(mask, image['width'], image['height'])
+            except RLEError as error:
+                self.context.add('rle-malformed', f'{name}: {error}')
+
+    def _check_polygon(self, polygon: list, name: str) -> None:
+        try:
+            # NaN and infinity stay in a sum.
+            finite = math.isfinite(sum(polygon))
+        except (TypeError, OverflowError):
+            self.context.add('annotation-entry', f'{name}: segmentation has '
+                             f'{_short(polygon)}, no list of numbers')
+            return
+        if len(polygon) % 2:
+            self.context.add('polygon-odd',
+                             f'{name}: {len(polygon)} coordinates')
+        elif len(polygon) < 6:
+            self.context.add('polygon-short',
+                             f'{name}: {len(polygon) // 2} points')
+        if not finite:
+            self.context.add('not-finite',
+                             f'{name}: segmentation {_short(polygon)}')
+
+    def _note_images(self) -> None:
+        """Note images with nothing to learn from, and how mmdet takes them."""
+        dataset, context = self.context.dataset, self.context
+        filter_cfg = getattr(dataset, 'filter_cfg', None) or {}
+        dropped = (not getattr(dataset, 'test_mode', False)
+                   and bool(filter_cfg.get('filter_empty_gt', False)))
+        bare = [i for i in self.images if i not in self.seen]
+        # A wrong annotation leaves an empty set, too, but it is told already.
+        crowded = [i for i in self.crowds if not self.seen[i]]
+        if bare:
+            context.note(
+                'no-annotations',
+                f'{len(bare)} of {len(self.images)} images have no '
+                f'annotations, the first is image {bare[0]}; they are '
+                + ('left out (filter_empty_gt=True)' if dropped else
+                   'kept, as images without objects'))
+        if crowded:
+            context.note(
+                'crowd-only',
+                f'{len(crowded)} images have crowd annotations only, the '
+                f'first is image {min(crowded)}; they are kept, with nothing '
+                'to find' + (', in spite of filter_empty_gt=True'
+                             if dropped else ''))
+        if self.tiny:
+            context.note('box-tiny', f'{self.tiny} boxes are narrower or '
+                         'lower than a pixel; mmdet drops them')
+        files = Counter(e['file_name'] for e in self.images.values())
+        twice = [name for name, number in files.items() if number > 1]
+        if twice:
+            context.note('duplicate-file', f'{len(twice)} images are listed '
+                         f'more than once, such as {twice[0]!r}')
+
+    def _fill_histogram(self) -> None:
+        self.histogram.total = len(self.images)
+        for number, name in self.categories.items():
+            self.histogram.samples[name] = self.boxes[number]
+            self.histogram.images[name] = self.occurs[number]
+        self.context.note_lacking(self.histogram)
+
+
+def _image_errors(entry: object) -> Iterator[str]:
+    """What is wrong with the form of an entry of 'images'."""
+    if not isinstance(entry, dict):
+        yield f'{_short(entry)} is no object'
+        return
+    if not _is_id(entry.get('id')):
+        yield f'id is {_short(entry.get("id"))}'
+    name = entry.get('file_name')
+    if not isinstance(name, str) or not name or '\0' in name:
+        yield f'file_name is {_short(name)}'
+    for key in ('width', 'height'):
+        value = entry.get(key)
+        if not (_is_number(value) and math.isfinite(value) and value > 0):
+            yield f'{key} is {_short(value)}'
+
+
+def _annotation_errors(entry: object) -> Iterator[str]:
+    """What is wrong with the form of an entry of 'annotations'."""
+    if not isinstance(entry, dict):
+        yield f'{_short(entry)} is no object'
+        return
+    for key in ('id', 'image_id', 'category_id'):
+        if not _is_id(entry.get(key)):
+            yield f'{key} is {_short(entry.get(key))}'
+    box = entry.get('bbox')
+    if not (isinstance(box, list) and len(box) == 4
+            and all(map(_is_number, box))):
+        yield f'bbox is {_short(box)}'
+    if not _is_number(entry.get('area')):
+        yield f'area is {_short(entry.get("area"))}'
+    if entry.get('iscrowd', 0) not in (0, 1):
+        yield f'iscrowd is {_short(entry["iscrowd"])}'
+    mask = entry.get('segmentation')
+    if mask is not None and not (
+            isinstance(mask, dict) or
+            (isinstance(mask, list) and all(type(p) is list for p in mask))):
+        yield f'segmentation is {_short(mask)}'

@@ -1,0 +1,118 @@
+"""What the checks of all kinds of datasets share."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from .findings import Findings
+from .images import ImageFacts, read_all, read_image, spread
+
+_SECONDS = 5  # between two lines of progress
+
+
+class Options(NamedTuple):
+    """How much to read.
+
+    Attributes:
+        max_images (int | None): Files to open of each dataset, spread
+            evenly; None for all.
+        workers (int): Threads that read; 0 for none.
+        quick (bool): Leave out what takes longer than seconds.
+        progress (bool): Report to stderr.
+    """
+
+    max_images: int | None = None
+    workers: int = 2
+    quick: bool = False
+    progress: bool = False
+
+
+@dataclass
+class Histogram:
+    """Samples by class.
+
+    Attributes:
+        unit (str): What ``samples`` counts: 'boxes', 'pixels' or 'images'.
+        samples (dict[str, int]): By name of the class.
+        images (dict[str, int]): Images in which the class occurs.
+        total (int): Images of the dataset.
+    """
+
+    unit: str
+    samples: dict[str, int] = field(default_factory=dict)
+    images: dict[str, int] = field(default_factory=dict)
+    total: int = 0
+
+
+@dataclass
+class Context:
+    """A dataset under check.
+
+    Attributes:
+        where (str): Its dotted key in the config.
+        dataset: The host's dataset, built without its data and pipeline.
+        findings (Findings): Where to report.
+        options (Options): How much to read.
+        loads_masks (bool): The pipeline loads instance masks.
+    """
+
+    where: str
+    dataset: Any
+    findings: Findings
+    options: Options
+    loads_masks: bool = False
+
+    def add(self, code: str, example: str) -> None:
+        """Report a problem."""
+        self.findings.add(code, self.where, example)
+
+    def note(self, code: str, text: str) -> None:
+        """Report a note."""
+        self.findings.note(code, self.where, text)
+
+    def is_sampled(self, total: int) -> bool:
+        """Whether some of ``total`` files are left out; says so if it is."""
+        most = self.options.max_images
+        if most is None or most >= total:
+            return False
+        self.note('sampled', f'{most} of {total} images were read')
+        return True
+
+    def read(self, items: list[Any], path_of: Callable[[Any], str],
+             function: Callable[[str], ImageFacts] = read_image
+             ) -> Iterator[tuple[Any, ImageFacts]]:
+        """Read the files of the chosen items, with progress."""
+        chosen = spread(items, self.options.max_images)
+        told = time.monotonic()
+        pairs = read_all(lambda item: function(path_of(item)), chosen,
+                         self.options.workers)
+        for number, pair in enumerate(pairs, 1):
+            yield pair
+            if (self.options.progress
+                    and time.monotonic() - told >= _SECONDS):
+                told = time.monotonic()
+                print(f'check_data: {self.where}: {number}/{len(chosen)} '
+                      'files', file=sys.stderr, flush=True)
+
+    def report_file(self, path: str, facts: ImageFacts,
+                    missing: str = 'missing-image') -> bool:
+        """Report a file that cannot be read; returns whether it can."""
+        if facts.code:
+            code = missing if facts.code == 'missing' else facts.code
+            self.add(code, f'{path}: {facts.error}')
+        return not facts.code
+
+    def note_lacking(self, histogram: Histogram) -> None:
+        """Note the classes that nothing was found of."""
+        lacking = [name for name, number in histogram.samples.items()
+                   if not number]
+        if lacking and histogram.total:
+            names = ', '.join(map(repr, lacking[:10]))
+            more = len(lacking) - 10
+            self.note(
+                'class-without-samples',
+                f'{len(lacking)} of {len(histogram.samples)} classes have no '
+                f'{histogram.unit}: {names}'
+                + (f' and {more} more' if more > 0 else ''))

@@ -1,0 +1,185 @@
+"""Checks of label maps for semantic segmentation, and of their images."""
+
+import os
+import os.path as osp
+from collections import Counter
+from typing import NamedTuple
+
+from .context import Context, Histogram
+from .images import ImageFacts, read_image, read_labels
+
+_IGNORED = 255  # the value that mmseg ignores, before and after reduction
+
+
+class _Pair(NamedTuple):
+    """Paths of an image and of its label map ('' for a set without)."""
+
+    image: str
+    labels: str
+
+
+class _PairFacts(NamedTuple):
+    image: ImageFacts
+    labels: ImageFacts | None
+
+
+def check_label_maps(context: Context) -> Histogram | None:
+    """Check an mmseg BaseSegDataset; returns pixels by class."""
+    try:
+        pairs = _list_pairs(context)
+    except (OSError, UnicodeDecodeError) as error:
+        context.add('no-images', f'the images cannot be listed: {error}')
+        return None
+    if not pairs:
+        dataset = context.dataset
+        context.add('no-images', f'{dataset.data_prefix.get("img_path")}: no '
+                    f'file ends in {dataset.img_suffix!r}')
+        return None
+    return _LabelCheck(context, pairs).check()
+
+
+def _list_pairs(context: Context) -> list[_Pair]:
+    """The pairs as BaseSegDataset lists them."""
+    dataset = context.dataset
+    images = dataset.data_prefix.get('img_path') or ''
+    maps = dataset.data_prefix.get('seg_map_path')
+    if dataset.ann_file and not osp.isdir(dataset.ann_file):
+        with open(dataset.ann_file, encoding='utf-8') as file:
+            stems = [line.strip() for line in file]
+    else:
+        stems = sorted(_find(images, dataset.img_suffix))
+    return [
+        _Pair(
+            osp.join(images, stem + dataset.img_suffix),
+            osp.join(maps, stem + dataset.seg_map_suffix)
+            if maps is not None else '') for stem in stems
+    ]
+
+
+def _find(folder: str, suffix: str) -> list[str]:
+    """Files below a folder, without the suffix, relative to it."""
+    found = []
+    for root, _, names in os.walk(folder, followlinks=True):
+        for name in names:
+            if name.endswith(suffix) and not name.startswith('.'):
+                path = osp.relpath(osp.join(root, name), folder)
+                found.append(path[:len(path) - len(suffix)])
+    return found
+
+
+class _LabelCheck:
+    """The checks of one dataset's maps.
+
+    Values are those in the files. With reduce_zero_label, value 0 is ignored
+    and value v is class v - 1; 255 is ignored in any case.
+    """
+
+    def __init__(self, context: Context, pairs: list[_Pair]) -> None:
+        dataset = context.dataset
+        self.context = context
+        self.pairs = pairs
+        self.reduced = bool(dataset.reduce_zero_label)
+        label_map = getattr(dataset, 'label_map', None)
+        classes = dataset.metainfo.get('classes') or ()
+        # A selection of the type's own classes: the files have them all.
+        self.names = list(
+            type(dataset).METAINFO['classes'] if label_map else classes)
+        self.pixels: Counter = Counter()
+        self.images: Counter = Counter()
+        self.outside: list[tuple[str, list]] = []
+        self.num_outside = 0
+
+    def check(self) -> Histogram:
+        """Read all pairs and judge them together."""
+        sampled = self.context.is_sampled(len(self.pairs))
+
+        def read(pair: _Pair) -> _PairFacts:
+            return _PairFacts(
+                read_image(pair.image),
+                read_labels(pair.labels) if pair.labels else None)
+
+        for pair, facts in self.context.read(
+                self.pairs, lambda pair: pair, read):
+            readable = self.context.report_file(pair.image, facts.image)
+            if facts.labels is not None and self.context.report_file(
+                    pair.labels, facts.labels, 'missing-label-map'):
+                self._check_map(pair.labels, facts.labels,
+                                facts.image.size if readable else None)
+        if self.names:
+            self._judge_values(sampled)
+        return self._histogram(sampled)
+
+    def _check_map(self, path: str, facts: ImageFacts,
+                   size: tuple[int, int] | None) -> None:
+        if size is not None and facts.size != size:
+            self.context.add(
+                'label-map-size', f'{path}: {facts.size[0]}x{facts.size[1]}, '
+                f'its image {size[0]}x{size[1]} (width x height)')
+        if facts.format == 'JPEG':
+            self.context.add('label-map-lossy', path)
+            return
+        if not facts.counts:
+            self.context.add('label-map-rgb', f'{path}: {facts.mode}')
+            return
+        for value, number in facts.counts.items():
+            self.pixels[value] += number
+            self.images[value] += 1
+        outside = [v for v in facts.counts if not self._is_inside(v)]
+        if outside:
+            self.num_outside += 1
+            if len(self.outside) < 1000:
+                self.outside.append((path, outside[:5]))
+
+    def _is_inside(self, value: float) -> bool:
+        first = 1 if self.reduced else 0
+        if value == _IGNORED or (value == 0 and self.reduced):
+            return True
+        return (not self.names
+                or (value == int(value)
+                    and first <= value < first + len(self.names)))
+
+    def _judge_values(self, sampled: bool) -> None:
+        number = len(self.names)
+        strange = {v for v in self.pixels if not self._is_inside(v)}
+        if not self.reduced and strange == {number}:
+            zero = 'and' if 0 in self.pixels else 'without'
+            self.context.add(
+                'reduce-zero-label',
+                f'reduce_zero_label=False, but the labels go to {number}, '
+                f'{zero} 0, and {number} classes are 0 to {number - 1}. If 0 '
+                'stands for no class, set reduce_zero_label=True; else '
+                'correct the labels, such as in ' + self.outside[0][0])
+            return
+        for path, values in self.outside:
+            self.context.add(
+                'label-range', f'{path}: {values}; {number} classes with '
+                f'reduce_zero_label={self.reduced} have the labels '
+                f'{1 if self.reduced else 0} to '
+                f'{number if self.reduced else number - 1}')
+        if self.reduced and number > 1 and not strange:
+            self._judge_reduction(sampled)
+
+    def _judge_reduction(self, sampled: bool) -> None:
+        """Find labels that start at 0 though the type drops the 0."""
+        number = len(self.names)
+        if number in self.pixels or any(v not in self.pixels
+                                        for v in range(number)):
+            return
+        text = (f'reduce_zero_label=True drops label 0, and no label is '
+                f'{number}: class {self.names[0]!r} gets the pixels of label '
+                f'1, and the last, {self.names[-1]!r}, gets none. If the '
+                f'labels are 0 to {number - 1}, set reduce_zero_label=False')
+        if sampled:
+            self.context.note('sampled', text + ' (seen in a part only)')
+        else:
+            self.context.add('reduce-zero-label', text)
+
+    def _histogram(self, sampled: bool) -> Histogram:
+        histogram = Histogram('pixels', total=len(self.pairs))
+        for index, name in enumerate(self.names):
+            value = index + 1 if self.reduced else index
+            histogram.samples[name] = self.pixels[value]
+            histogram.images[name] = self.images[value]
+        if not sampled and self.pixels:
+            self.context.note_lacking(histogram)
+        return histogram

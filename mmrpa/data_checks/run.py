@@ -1,0 +1,169 @@
+"""All checks of all datasets of a config."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..preflight import (
+    backend_of,
+    find_class,
+    find_problems,
+    inherits,
+    iter_datasets,
+)
+from .batch import check_batch
+from .coco import check_coco
+from .context import Context, Histogram, Options
+from .findings import PROBLEMS, Findings
+from .folders import check_folders
+from .masks import check_label_maps
+
+# What a dataset's own checks of its arguments raise.
+_REFUSALS = (TypeError, ValueError, AssertionError, KeyError, IndexError,
+             AttributeError, OSError, RuntimeError, ImportError)
+_CHECKS: tuple[tuple[str, str, Callable[[Context], Histogram | None]], ...] = (
+    ('mmdet.datasets.coco', 'CocoDataset', check_coco),
+    ('mmseg.datasets.basesegdataset', 'BaseSegDataset', check_label_maps),
+    ('mmpretrain.datasets.custom', 'CustomDataset', check_folders),
+)
+
+
+@dataclass
+class Report:
+    """What was found in the data of a config.
+
+    Attributes:
+        findings (Findings): Problems and notes.
+        histograms (dict[str, Histogram]): By dotted key of the dataset.
+    """
+
+    findings: Findings = field(default_factory=Findings)
+    histograms: dict[str, Histogram] = field(default_factory=dict)
+
+    @property
+    def num_problems(self) -> int:
+        """All problems, not only those that are kept as examples."""
+        return sum(group.count for group in self.findings.problems)
+
+    def record(self) -> dict:
+        """The report in types that JSON has."""
+        return dict(
+            problems=[
+                dict(asdict(group), meaning=PROBLEMS[group.code].meaning,
+                     fix=PROBLEMS[group.code].fix)
+                for group in self.findings.problems
+            ],
+            notes=[
+                dict(code=code, where=where, text=text)
+                for code, where, text in self.findings.notes
+            ],
+            histograms={
+                key: asdict(histogram)
+                for key, histogram in self.histograms.items()
+            })
+
+
+def check_data(cfg: Mapping, splits: Sequence[str] = ('train', 'val'),
+               options: Options | None = None, world_size: int = 1,
+               allow_subset: bool = False) -> Report:
+    """Check the datasets of a config, their files included.
+
+    Args:
+        cfg (Mapping): The config, normally a ``mmengine.Config``.
+        splits (Sequence[str]): Which of 'train', 'val', 'test'.
+        options (Options, optional): How much to read; default: all.
+        world_size (int): Processes of the training, for its batch.
+        allow_subset (bool): Accept COCO files with categories that the
+            dataset's classes lack.
+
+    Returns:
+        Report: Broken data is reported, never raised.
+
+    Raises:
+        ConfigError: If ``splits`` is wrong.
+    """
+    report = Report()
+    findings = report.findings
+    options = options or Options()
+    problems, notes = find_problems(cfg, splits, allow_subset)
+    for problem in problems:
+        findings.add(problem.code, problem.where, problem.text)
+    for note in notes:
+        findings.note('config', '', note)
+    # A file that cannot be found or parsed is told once.
+    hopeless = [
+        problem.where for problem in problems if problem.code in
+        ('missing-path', 'annotation-file', 'class-names')
+    ]
+    scope = cfg.get('default_scope')
+    for where, dataset in _unique_datasets(cfg, splits):
+        if any(key == where or key.startswith(f'{where}.')
+               for key in hopeless):
+            continue
+        histogram = _check_dataset(where, dataset, scope, findings, options)
+        if histogram is not None:
+            report.histograms[where] = histogram
+    if 'train' in splits:
+        check_batch(cfg, world_size, findings)
+    return report
+
+
+def _unique_datasets(cfg: Mapping, splits: Sequence[str]
+                     ) -> Iterator[tuple[str, Mapping]]:
+    """Datasets of the splits; one that two splits share comes once."""
+    seen = set()
+    for split in splits:
+        loader = cfg.get(f'{split}_dataloader')
+        if not isinstance(loader, Mapping):
+            continue
+        for where, dataset in iter_datasets(loader.get('dataset'),
+                                            f'{split}_dataloader.dataset'):
+            content = {key: value for key, value in dataset.items()
+                       if key != 'pipeline'}
+            name = json.dumps(content, default=repr, sort_keys=True)
+            if name not in seen:
+                seen.add(name)
+                yield where, dataset
+
+
+def _check_dataset(where: str, cfg: Mapping, scope: str | None,
+                   findings: Findings, options: Options) -> Histogram | None:
+    cls = find_class(cfg.get('type'), scope)
+    check = next((check for module, name, check in _CHECKS
+                  if inherits(cls, module, name, 'load_data_list')), None)
+    backends = [backend_of(cfg, path) for path in _paths(cfg)]
+    if check is None or any(backends):
+        reason = (f'type {cfg.get("type")!r}' if check is None else
+                  f'backend {next(filter(None, backends))!r}')
+        findings.note('unchecked', where,
+                      f'the files of a dataset of {reason} were not checked')
+        return None
+    arguments = {key: value for key, value in cfg.items()
+                 if key not in ('type', 'pipeline', 'lazy_init')}
+    try:
+        dataset = cls(**arguments, pipeline=[], lazy_init=True)
+    except _REFUSALS as error:
+        findings.add('dataset-arguments', where,
+                     f'{where}: {type(error).__name__}: {error}')
+        return None
+    masks = any(step.get('with_mask') is True
+                for step in _steps(cfg.get('pipeline')))
+    return check(Context(where, dataset, findings, options, masks))
+
+
+def _paths(cfg: Mapping) -> Iterator[str]:
+    prefix = cfg.get('data_prefix')
+    values = prefix.values() if isinstance(prefix, Mapping) else [prefix]
+    for value in (cfg.get('data_root'), cfg.get('ann_file'), *values):
+        yield value if isinstance(value, str) else ''
+
+
+def _steps(node: Any) -> Iterator[Mapping]:
+    """All steps of a pipeline, those within others included."""
+    if isinstance(node, Mapping):
+        yield node
+        node = list(node.values())
+    if isinstance(node, (list, tuple)):
+        for child in node:
+            yield from _steps(child)
