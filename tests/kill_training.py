@@ -83,6 +83,16 @@ def kill_all(process: subprocess.Popen) -> None:
     process.wait()
 
 
+def stop_launcher(process: subprocess.Popen) -> None:
+    """Let torchrun end its processes, which have sessions of their own."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            kill_all(process)
+
+
 def kill_at(arguments: Sequence[object], work_dir: Path, log: Path,
             step: int) -> None:
     """Start a training, and SIGKILL it once it has logged a step."""

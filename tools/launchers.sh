@@ -79,6 +79,10 @@ environment:
                 "again on each machine, with --resume"
         fi
         rendezvous+=(--max-restarts "$restarts")
+        # Else the processes of the next start get the store of the former
+        # ones (seen in torch 2.11), read where those listened, and fail or
+        # wait for ever.
+        export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     fi
     # What is older is not a checkpoint of this run: see mmrpa/elastic.py.
     MMRPA_LAUNCHED=$(date +%s)

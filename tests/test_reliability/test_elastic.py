@@ -80,14 +80,16 @@ def test_the_launcher_is_told(tmp_path):
     fake = tmp_path / 'python'
     fake.write_text(f'#!{sys.executable}\nimport json, os, sys\n'
                     'print(json.dumps([sys.argv[1:], '
-                    'os.environ["MMRPA_LAUNCHED"]]))\n')
+                    'os.environ["MMRPA_LAUNCHED"], '
+                    'os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"]]))\n')
     fake.chmod(0o755)
     done = subprocess.run(
         ['bash', str(TOOLS / 'dist_train.sh'), 'config.py', '2'],
         env={**os.environ, 'MAX_RESTARTS': '3', 'PYTHON': str(fake)},
         capture_output=True, text=True, check=True)
-    arguments, launched = json.loads(done.stdout)
+    arguments, launched, apart = json.loads(done.stdout)
     place = arguments.index('--max-restarts')
     assert arguments[place + 1] == '3'
     assert place < arguments.index(str(TOOLS / 'train.py'))
     assert int(launched) > 1e9
+    assert apart == '1'  # a store of its own for each start

@@ -13,10 +13,10 @@ import torch
 from guides import run_guide
 from helpers import TOOLS
 from kill_training import (
-    kill_all,
     kill_at,
     read_losses,
     start,
+    stop_launcher,
     wait_for,
 )
 from mmengine.config import Config
@@ -66,8 +66,7 @@ def finish(arguments: list, log: Path, **settings: str) -> None:
     try:
         assert process.wait(500) == 0, log.read_text()
     finally:
-        if process.poll() is None:
-            kill_all(process)
+        stop_launcher(process)
 
 
 def assert_equal(runs: list[dict], whole: dict) -> float:
@@ -173,8 +172,7 @@ def test_one_of_two_is_killed(folder):
         assert process.wait(60) != 0
         took = time.monotonic() - begin
     finally:
-        if process.poll() is None:
-            kill_all(process)
+        stop_launcher(process)
     text = log.read_text()
     print(f'the other one ended within {took:.1f} s')
     assert 'Signal 9 (SIGKILL) received by PID' in text
@@ -187,24 +185,23 @@ def test_one_of_two_is_killed(folder):
 def test_two_are_started_again(folder):
     """MAX_RESTARTS: the losses are those of two that nobody killed.
 
-    More than one, because gloo does not always find together: then a start
-    ends before the first step, and the next one does what it would have done.
+    One restart is enough: torch 2.11 gives it the store of the former start
+    unless told otherwise, and gloo then reads addresses of the dead.
     """
     whole_dir, work_dir = folder / 'elastic_whole', folder / 'elastic'
     log = folder / 'elastic.log'
-    finish(two_processes(whole_dir), log, MAX_RESTARTS='3')
-    process = start(two_processes(work_dir), log, MAX_RESTARTS='3')
+    finish(two_processes(whole_dir), log)
+    process = start(two_processes(work_dir), log, MAX_RESTARTS='1')
     try:
         kill_one(process, work_dir, log)
         assert process.wait(240) == 0, log.read_text()
     finally:
-        if process.poll() is None:
-            kill_all(process)
+        stop_launcher(process)
     text = log.read_text()
-    assert ('the training goes on from the last checkpoint in '
-            f'{work_dir}') in text
-    whole, = filter(None, read_losses(whole_dir))
-    killed, resumed = filter(None, read_losses(work_dir))
+    assert text.count('restart 1: the training goes on from the last '
+                      f'checkpoint in {work_dir}') == 1
+    whole, = read_losses(whole_dir)
+    killed, resumed = read_losses(work_dir)
     assert max(killed) < 12 and min(resumed) in (4, 7) and max(resumed) == 12
     assert_equal([killed, resumed], whole)
 
