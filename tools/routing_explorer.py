@@ -6,7 +6,9 @@ page is served to this machine only and needs no internet.
 """
 
 import argparse
+import os
 import sys
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import List, Optional, Sequence, Tuple
@@ -84,7 +86,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         explorer = Explorer(
             load_models(_models(args), device), max_bytes,
             int(args.max_megapixels * 1e6), args.score_thr)
-        launch(build_page(explorer), args.host, args.port, max_bytes)
+        # What was uploaded is this user's alone, and goes with the server.
+        with tempfile.TemporaryDirectory(prefix='routing_explorer.') as folder:
+            os.environ['GRADIO_TEMP_DIR'] = folder
+            launch(build_page(explorer), args.host, args.port, max_bytes)
     except (OSError, ValueError) as error:
         print(f'routing_explorer: error: {error}', file=sys.stderr)
         return 1

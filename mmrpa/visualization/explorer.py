@@ -9,7 +9,18 @@ import os
 import threading
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple, Union
+from typing import (
+    Any,
+    Dict,
+    FrozenSet,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Tuple,
+    Union,
+)
+from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
@@ -35,6 +46,7 @@ TITLE = 'Routing explorer'
 # Views that are kept: each holds the inputs of all attention layers.
 MAX_VIEWS = 8
 PAGE_SIDE = 720
+LOOPBACK = frozenset(('127.0.0.1', 'localhost', '::1'))
 HEADS_MEAN = 'mean of all'
 STYLES = {'heat map': 'heat', 'tokens': 'blocks'}
 _STAR = np.array([230, 0, 0], np.uint8)
@@ -292,6 +304,8 @@ def build_page(explorer: Explorer) -> Any:
                          style, state.get('point'))
 
         def click(state, name, stage, head, style, event: gr.SelectData):
+            if not state:
+                raise gr.Error('Drop an image first.', print_exception=False)
             view = _or_error(gr, explorer.look, name, state['path']).view
             height, width = picture_of(view, PAGE_SIDE).shape[:2]
             point = ((event.index[0] + 0.5) / width,
@@ -355,6 +369,42 @@ def _or_error(gr: Any, function: Any, *args: Any) -> Any:
         raise gr.Error(str(error), print_exception=False) from error
 
 
+class _Guard:
+    """Refuse what this page has no use for, before gradio answers.
+
+    Gradio's app also fetches web addresses for a browser (``/file=https:..``,
+    ``/proxy=..``). And a page of another site may reach this machine's
+    addresses by a name of its own (DNS rebinding): what listens to this
+    machine only answers to this machine's names only.
+
+    Args:
+        app: The ASGI app behind it.
+        hosts (frozenset[str]): Names to answer to; empty for all.
+    """
+
+    def __init__(self, app: Any, hosts: FrozenSet[str]) -> None:
+        self.app = app
+        self.hosts = hosts
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope['type'] == 'http' and self.refuses(scope):
+            start = dict(type='http.response.start', status=403, headers=[
+                (b'content-type', b'text/plain')])
+            await send(start)
+            await send(dict(type='http.response.body', body=b'Forbidden'))
+            return
+        await self.app(scope, receive, send)
+
+    def refuses(self, scope: Mapping[str, Any]) -> bool:
+        """Whether a request is not answered."""
+        host = dict(scope['headers']).get(b'host', b'').decode('latin-1')
+        name = urlsplit(f'//{host}').hostname
+        path = scope['path'].lower()
+        return (bool(self.hosts) and name not in self.hosts
+                or '/proxy=' in path
+                or '/file=' in path and '://' in path.split('/file=', 1)[1])
+
+
 def launch(page: Any, host: str, port: Optional[int], max_bytes: int,
            block: bool = True) -> Tuple[Any, str]:
     """Serve the page, to this machine only unless ``host`` says otherwise.
@@ -373,11 +423,15 @@ def launch(page: Any, host: str, port: Optional[int], max_bytes: int,
         OSError: The port is taken, or the address is not this machine's.
     """
     import gradio as gr
+    from starlette.middleware import Middleware
     font = ('system-ui', 'sans-serif')  # nothing to be fetched
+    guard = Middleware(_Guard, hosts=LOOPBACK if host in LOOPBACK
+                       else frozenset())
     app, address, _ = page.launch(
         server_name=host, server_port=port, share=False, inbrowser=False,
         quiet=True, prevent_thread_lock=True, footer_links=[], pwa=False,
         enable_monitoring=False, ssr_mode=False, mcp_server=False,
+        app_kwargs=dict(middleware=[guard]),
         max_file_size=max_bytes,
         theme=gr.themes.Base(font=font, font_mono=('monospace', )))
     print(f'{TITLE}: {address} (Ctrl-C ends it)', flush=True)
