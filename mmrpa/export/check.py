@@ -21,7 +21,7 @@ class CheckError(RuntimeError):
 
 
 class Checked(NamedTuple):
-    """One size: the largest difference, over ``max(1, largest value)``."""
+    """One size: the largest difference over the largest magnitude."""
 
     size: Size
     error: float
@@ -31,9 +31,8 @@ def check_program(program: Program, model: ExportModel,
                   sizes: Sequence[Size] = CHECK_SIZES) -> List[Checked]:
     """Compare a program with the model that it was made from.
 
-    A difference may be ``TOLERANCE`` of an output's largest magnitude, or, if
-    that is below 1, ``TOLERANCE``. A label may differ where the two classes'
-    logits are that close.
+    A difference may be ``TOLERANCE`` of an output's largest magnitude. A label
+    may differ where the two classes' logits are that close.
 
     Args:
         program (callable): Images to a sequence of outputs.
@@ -88,7 +87,12 @@ def _compare(program: Program, model: ExportModel, image: Tensor,
 
 
 def _error(got: Tensor, want: Tensor) -> float:
-    return ((got - want).abs().max() / max(1., want.abs().max())).item()
+    return ((got - want).abs().max() / _scale(want)).item()
+
+
+def _scale(want: Tensor) -> Tensor:
+    # Zeros are no magnitude; small logits of an untrained head are one.
+    return want.abs().max().clamp(min=1e-6)
 
 
 def _label_error(got: Tensor, model: ExportModel, image: Tensor) -> float:
@@ -105,7 +109,7 @@ def _label_error(got: Tensor, model: ExportModel, image: Tensor) -> float:
         if got.min() < 0 or got.max() >= logits.shape[1]:
             return float('inf')
         loss = logits.amax(1) - logits.gather(1, got.unsqueeze(1)).squeeze(1)
-    return (loss.max() / max(1., logits.abs().max())).item()
+    return (loss.max() / _scale(logits)).item()
 
 
 def _times(numbers: Sequence[int]) -> str:

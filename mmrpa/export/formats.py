@@ -7,7 +7,17 @@ import os
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterator,
+    List,
+    Optional,
+    Sequence,
+    Tuple,
+    Type,
+)
 
 import torch
 import torch.fx.experimental._config as fx_config
@@ -15,7 +25,13 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from .. import __version__
-from .check import CHECK_SIZES, Checked, Size, check_program
+from .check import (
+    CHECK_SIZES,
+    Checked,
+    CheckError,
+    Size,
+    check_program,
+)
 from .model import ExportModel
 
 FORMATS = ('onnx', 'torch-export')
@@ -188,10 +204,26 @@ def _load_onnx(path: Path) -> Callable[[Tensor], List[Tensor]]:
         str(path), providers=['CPUExecutionProvider'])
 
     def run(image: Tensor) -> List[Tensor]:
-        outputs = session.run(None, dict(image=image.numpy()))
+        try:
+            outputs = session.run(None, dict(image=image.numpy()))
+        except _onnxruntime_errors() as error:
+            raise _cannot_run('onnxruntime', image, error) from error
         return [torch.from_numpy(output) for output in outputs]
 
     return run
+
+
+def _onnxruntime_errors() -> Tuple[Type[Exception], ...]:
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+    return (state.Fail, state.InvalidArgument, state.NotImplemented,
+            state.RuntimeException)
+
+
+def _cannot_run(runtime: str, image: Tensor,
+                error: Exception) -> CheckError:
+    size = 'x'.join(map(str, image.shape))
+    return CheckError(f'{runtime} cannot run the file on an image of {size}: '
+                      f'{_first_line(error)}')
 
 
 def _write_program(program: ExportedProgram, model: ExportModel, path: Path,
@@ -201,7 +233,15 @@ def _write_program(program: ExportedProgram, model: ExportModel, path: Path,
 
 
 def _load_program(path: Path) -> Callable[[Tensor], Sequence[Tensor]]:
-    return torch.export.load(str(path)).module()
+    program = torch.export.load(str(path)).module()
+
+    def run(image: Tensor) -> Sequence[Tensor]:
+        try:
+            return program(image)
+        except (AssertionError, RuntimeError) as error:
+            raise _cannot_run('torch', image, error) from error
+
+    return run
 
 
 @contextlib.contextmanager

@@ -1,0 +1,81 @@
+"""Small configs and weights that exports are tested with."""
+
+from pathlib import Path
+from typing import Any, Dict
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+
+from mmrpa.export import ExportModel
+
+PIPELINE = [dict(type='LoadImageFromFile'), dict(type='PackInputs')]
+ARCH = dict(embed_dims=(16, 32), depths=(1, 1), num_heads=(2, 4),
+            mlp_ratios=2)
+# A backbone of each family, small, with RPAttention and with its own.
+BACKBONES = dict(
+    RPDeiT=dict(arch=dict(embed_dims=32, depths=2, num_heads=2, mlp_ratios=2),
+                attention=('rp', 'dense')),
+    RPPVT=dict(arch=dict(ARCH), attention=('sr', 'rp')),
+    # The second block's windows are shifted.
+    RPSwin=dict(arch=dict(ARCH, depths=(2, 1)), attention=('window', 'rp'),
+                window_size=3),
+    RPCSWin=dict(arch=dict(ARCH), attention=('cross', 'rp'),
+                 split_sizes=(3, 5)))
+# The same as small as can be; all of the above is for tests that take minutes.
+_ONE = dict(embed_dims=(32, ), depths=(1, ), num_heads=(2, ), mlp_ratios=2)
+SMALL = dict(
+    RPDeiT=dict(arch=dict(embed_dims=32, depths=1, num_heads=2, mlp_ratios=2),
+                attention='rp', out_indices=(0, )),
+    RPPVT=dict(arch=_ONE, attention='rp', out_indices=(0, )),
+    RPSwin=dict(arch=dict(_ONE, depths=(2, )), attention='window',
+                out_indices=(0, )),
+    RPCSWin=dict(arch=_ONE, attention='rp', out_indices=(0, ),
+                 split_sizes=(3, )))
+
+
+def write_classifier(folder: Path, name: str = 'RPSwin',
+                     **backbone: Any) -> Path:
+    """A config of mmpretrain with a small backbone and two classes."""
+    cfg = dict(BACKBONES[name], type=f'mmrpa.{name}', out_indices=(0, 1),
+               num_representatives=8, norm_cfg=dict(type='BN'))
+    cfg.update(backbone)
+    model = dict(
+        type='ImageClassifier', backbone=cfg,
+        neck=dict(type='GlobalAveragePooling'),
+        head=dict(type='LinearClsHead', num_classes=2, in_channels=32,
+                  loss=dict(type='CrossEntropyLoss')),
+        data_preprocessor=dict(
+            mean=[120., 110, 100], std=[60., 50, 40], to_rgb=True,
+            num_classes=2))
+    path = folder / 'classifier.py'
+    Config(dict(
+        default_scope='mmpretrain', model=model,
+        test_dataloader=dict(dataset=dict(
+            type='CustomDataset', metainfo=dict(classes=('cat', 'dog')),
+            pipeline=PIPELINE)))).dump(path)
+    return path
+
+
+def write_weights(config: Path, seed: int = 1) -> Path:
+    """A checkpoint of a config, with statistics that are not 0 and 1."""
+    torch.manual_seed(seed)
+    cfg = Config.fromfile(config)
+    init_default_scope(cfg.default_scope)
+    state: Dict[str, torch.Tensor] = MODELS.build(cfg.model).state_dict()
+    for key, value in state.items():
+        if key.endswith('running_mean'):
+            value.normal_()
+        elif key.endswith('running_var'):
+            value.uniform_(0.5, 2)
+        elif key.endswith('relative_position_bias_table'):
+            value.normal_()
+    path = config.parent / 'weights.pth'
+    torch.save(dict(state_dict=state), path)
+    return path
+
+
+def load(config: Path, **options: Any) -> ExportModel:
+    """The model of a config and of weights beside it."""
+    return ExportModel(str(config), str(config.parent / 'weights.pth'),
+                       **options)
