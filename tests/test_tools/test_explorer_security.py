@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import TOOLS
 from PIL import Image
 
 from mmrpa.visualization.images import check_image
@@ -96,7 +97,7 @@ def test_an_upload_is_answered(client, page, photo):
 @pytest.mark.parametrize('path', [
     '/etc/passwd', '../../../etc/passwd', '%2e%2e/%2e%2e/etc/passwd',
     '..%2f..%2fetc%2fpasswd', '{checkpoint}', '{config}', '{photo}',
-    '{uploads}/../secret', '/proc/self/environ', '//etc/passwd',
+    '{uploads}/../secret', '/proc/self/environ', '//etc/passwd', 'setup.cfg', '{cwd}/setup.cfg',
     'https://example.com/a.png', 'HTTP://127.0.0.1/a.png'])
 @pytest.mark.parametrize('route', ['/gradio_api/file=', '/file=',
                                    '/gradio_api/proxy='])
@@ -105,7 +106,7 @@ def test_files_are_not_served(route, path, client, page, routing_models,
     config, checkpoint, _ = routing_models['mmseg']
     (page.uploads.parent / 'secret').write_text('confidential')
     path = path.format(config=config, checkpoint=checkpoint, photo=photo,
-                       uploads=page.uploads)
+                       uploads=page.uploads, cwd=TOOLS.parent)
     answer = client.get(route + path)
     assert answer.status_code in (403, 404), (answer.status_code, answer.text)
     if '://' in path:  # not even asked for
