@@ -97,7 +97,8 @@ def test_an_upload_is_answered(client, page, photo):
 @pytest.mark.parametrize('path', [
     '/etc/passwd', '../../../etc/passwd', '%2e%2e/%2e%2e/etc/passwd',
     '..%2f..%2fetc%2fpasswd', '{checkpoint}', '{config}', '{photo}',
-    '{uploads}/../secret', '/proc/self/environ', '//etc/passwd', 'setup.cfg', '{cwd}/setup.cfg',
+    '{uploads}/../secret', '/proc/self/environ', '//etc/passwd',
+    'setup.cfg', '{cwd}/setup.cfg',
     'https://example.com/a.png', 'HTTP://127.0.0.1/a.png'])
 @pytest.mark.parametrize('route', ['/gradio_api/file=', '/file=',
                                    '/gradio_api/proxy='])
