@@ -87,6 +87,8 @@ class _CocoCheck:
         self.seen: dict[int, set[int]] = {}  # categories by image
         self.crowds: set[int] = set()  # images with a crowd
         self.tiny = 0
+        self.loads_masks = any(step.get('with_mask') is True
+                               for step in context.steps)
         self.histogram = Histogram('boxes')
 
     def check_entries(self) -> None:
@@ -224,7 +226,7 @@ class _CocoCheck:
                     name: str) -> None:
         mask = entry.get('segmentation')
         if not mask:
-            if self.context.loads_masks:
+            if self.loads_masks:
                 self.context.add('mask-missing',
                                  f'{name}: segmentation is {mask!r}')
         elif isinstance(mask, list):

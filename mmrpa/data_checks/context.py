@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -55,14 +55,15 @@ class Context:
         dataset: The host's dataset, built without its data and pipeline.
         findings (Findings): Where to report.
         options (Options): How much to read.
-        loads_masks (bool): The pipeline loads instance masks.
+        steps (list[Mapping]): The transforms of its pipeline, those within
+            others included.
     """
 
     where: str
     dataset: Any
     findings: Findings
     options: Options
-    loads_masks: bool = False
+    steps: list[Mapping] = field(default_factory=list)
 
     def add(self, code: str, example: str) -> None:
         """Report a problem."""

@@ -25,7 +25,7 @@ class Kind(NamedTuple):
     fix: str
 
 
-# A mistake that mmdet or mmseg pass over without a word says so here.
+# What the hosts pass over without a word is said here.
 PROBLEMS = {
     # of the config, found by mmrpa.preflight with a fix in each example
     'missing-path': Kind(
@@ -58,8 +58,8 @@ PROBLEMS = {
     'empty-file': Kind(
         'a file of 0 bytes', 'copy or download it again'),
     'truncated-file': Kind(
-        'an image that ends early or is damaged; OpenCV decodes some of '
-        'them to grey areas without a word',
+        'an image that ends early or is damaged: OpenCV gives nothing for a '
+        'JPEG cut short, and the training stops when it comes to it',
         'copy or download it again'),
     'not-an-image': Kind(
         'a file with the name of an image that is none',
@@ -171,6 +171,7 @@ NOTES = {
     'box-tiny': 'boxes of less than a pixel',
     'class-without-samples': 'classes without any sample',
     'skipped-file': 'files that the dataset does not read',
+    'map-without-image': 'label maps that belong to no image',
     'duplicate-file': 'images that are listed twice',
 }
 

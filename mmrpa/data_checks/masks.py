@@ -42,18 +42,34 @@ def _list_pairs(context: Context) -> list[_Pair]:
     """The pairs as BaseSegDataset lists them."""
     dataset = context.dataset
     images = dataset.data_prefix.get('img_path') or ''
-    maps = dataset.data_prefix.get('seg_map_path')
+    # An unlabelled test set has a pipeline that loads images only.
+    maps = dataset.data_prefix.get('seg_map_path') if any(
+        'Annotations' in str(step.get('type'))
+        for step in context.steps) else None
     if dataset.ann_file and not osp.isdir(dataset.ann_file):
         with open(dataset.ann_file, encoding='utf-8') as file:
             stems = [line.strip() for line in file]
     else:
         stems = sorted(_find(images, dataset.img_suffix))
+        if maps is not None and not context.options.quick:
+            _note_lonely(context, maps, stems)
     return [
         _Pair(
             osp.join(images, stem + dataset.img_suffix),
             osp.join(maps, stem + dataset.seg_map_suffix)
             if maps is not None else '') for stem in stems
     ]
+
+
+def _note_lonely(context: Context, maps: str, stems: list[str]) -> None:
+    """Note label maps that no image belongs to."""
+    suffix = context.dataset.seg_map_suffix
+    lonely = sorted(set(_find(maps, suffix)) - set(stems))
+    if lonely and stems:
+        context.note(
+            'map-without-image', f'{len(lonely)} label maps have no image '
+            f'and are left out, such as {osp.join(maps, lonely[0] + suffix)!r}'
+        )
 
 
 def _find(folder: str, suffix: str) -> list[str]:
@@ -92,6 +108,7 @@ class _LabelCheck:
     def check(self) -> Histogram:
         """Read all pairs and judge them together."""
         sampled = self.context.is_sampled(len(self.pairs))
+        self._check_pipeline()
 
         def read(pair: _Pair) -> _PairFacts:
             return _PairFacts(
@@ -108,6 +125,17 @@ class _LabelCheck:
         if self.names:
             self._judge_values(sampled)
         return self._histogram(sampled)
+
+    def _check_pipeline(self) -> None:
+        """Find a reduction that the transform does and the dataset not."""
+        for step in self.context.steps:
+            value = step.get('reduce_zero_label')
+            if ('LoadAnnotations' in str(step.get('type'))
+                    and value is not None and value != self.reduced):
+                self.context.add(
+                    'reduce-zero-label', 'reduce_zero_label is '
+                    f'{self.reduced} of the dataset and {value} of '
+                    'LoadAnnotations, which stops with an assertion')
 
     def _check_map(self, path: str, facts: ImageFacts,
                    size: tuple[int, int] | None) -> None:

@@ -147,9 +147,8 @@ def _check_dataset(where: str, cfg: Mapping, scope: str | None,
         findings.add('dataset-arguments', where,
                      f'{where}: {type(error).__name__}: {error}')
         return None
-    masks = any(step.get('with_mask') is True
-                for step in _steps(cfg.get('pipeline')))
-    return check(Context(where, dataset, findings, options, masks))
+    steps = list(_steps(cfg.get('pipeline')))
+    return check(Context(where, dataset, findings, options, steps))
 
 
 def _paths(cfg: Mapping) -> Iterator[str]:

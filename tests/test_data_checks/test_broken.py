@@ -395,6 +395,11 @@ def labels_from_zero_but_reduced(data):
     data.train_only()
 
 
+@case('mmseg', 'reduce-zero-label', 'True of the dataset and False of')
+def reduction_in_the_pipeline_only(data):
+    data.train.pipeline[1].reduce_zero_label = False
+
+
 @case('mmseg', 'missing-image', 'ADE_train_00000001x.jpg')
 def listed_and_not_there(data):
     (data.root / 'list.txt').write_text('ADE_train_00000002\n'

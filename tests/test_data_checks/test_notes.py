@@ -1,0 +1,206 @@
+"""Notes: what is odd and yet no problem, and odd data that are right."""
+
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmrpa.data_checks import check_data
+from mmrpa.data_checks.context import Options
+from mmrpa.data_checks.findings import NOTES
+
+CASES = []
+
+
+def case(host: str, code: str, *texts: str):
+    """Register a function that gives one note with these texts."""
+
+    def register(function):
+        CASES.append(pytest.param(host, code, texts, function,
+                                  id=f'{code}-{function.__name__}'))
+        return function
+
+    return register
+
+
+def first_annotation(data):
+    return data.coco['annotations'][0]
+
+
+def strip_first_image(data) -> list[dict]:
+    """Take the annotations of the first image away."""
+    number = data.coco['images'][0]['id']
+    own = [a for a in data.coco['annotations'] if a['image_id'] == number]
+    data.coco['annotations'] = [
+        a for a in data.coco['annotations'] if a['image_id'] != number
+    ]
+    return own
+
+
+@case('mmdet', 'no-annotations', '1 of 12 images', 'first is image 1;',
+      'left out (filter_empty_gt=True)')
+def image_without_objects(data):
+    strip_first_image(data)
+
+
+@case('mmdet', 'no-annotations', 'kept, as images without objects')
+def image_without_objects_kept(data):
+    strip_first_image(data)
+    data.train.filter_cfg.filter_empty_gt = False
+
+
+@case('mmdet', 'crowd-only', '1 images', 'first is image 1;',
+      'in spite of filter_empty_gt=True')
+def image_of_a_crowd(data):
+    entry = strip_first_image(data)[0]
+    entry.update(iscrowd=1, segmentation=dict(
+        size=[48, 48], counts=[100, 48 * 48 - 100]))
+    data.coco['annotations'].append(entry)
+
+
+@case('mmdet', 'box-tiny', '1 boxes')
+def box_of_half_a_pixel(data):
+    first_annotation(data)['bbox'] = [4, 4, 0.5, 9]
+
+
+@case('mmdet', 'class-without-samples', "1 of 5 classes have no boxes: 'star'")
+def no_star(data):
+    data.coco['annotations'] = [
+        a for a in data.coco['annotations'] if a['category_id'] != 8
+    ]
+
+
+@case('mmdet', 'duplicate-file', "such as '000000000001.jpg'")
+def image_listed_twice(data):
+    data.coco['images'].append(dict(data.coco['images'][0], id=999))
+    data.coco['annotations'].append(
+        dict(first_annotation(data), id=999, image_id=999))
+
+
+@case('mmdet', 'unchecked', "type 'LVISV1Dataset'")
+def dataset_of_another_type(data):
+    data.train.type = 'LVISV1Dataset'
+
+
+@case('mmseg', 'config', "(backend 'petrel')")
+def images_on_a_server(data):
+    data.train.backend_args = dict(backend='petrel')
+
+
+@case('mmdet', 'batch', 'batch_size 4 x accumulative_counts 1 = 4',
+      'the learning rate is for 16', 'would give lr 0.00025')
+def batch_of_another_size(data):
+    data.cfg.auto_scale_lr.base_batch_size = 16
+
+
+@case('mmdet', 'batch', 'accumulative_counts 2 = 8',
+      'would give lr 0.001, because mmengine does not count', 'for lr 0.002')
+def accumulated_batch(data):
+    data.cfg.optim_wrapper.accumulative_counts = 2
+
+
+@case('mmseg', 'map-without-image', '1 label maps', 'ADE_train_00000001.png')
+def image_taken_away(data):
+    data.files('images/training/*.jpg')[0].unlink()
+
+
+@case('mmpretrain', 'skipped-file', 'Thumbs.db')
+def leftover_of_windows(data):
+    (data.root / 'train/disc/Thumbs.db').write_bytes(b'x')
+
+
+@pytest.mark.parametrize('host, code, texts, change', CASES)
+def test_note(host, code, texts, change, make):
+    data = make(host)
+    change(data)
+    data.save()
+    report = check_data(data.cfg)
+    assert report.findings.problems == []
+    found = {note[0]: note for note in report.findings.notes}
+    # The files of a server are not checked, either.
+    assert set(found) - {code} <= {'unchecked'} if code == 'config' else (
+        set(found) == {code})
+    for text in texts:
+        assert text in found[code][2]
+
+
+def test_some_of_the_images(make):
+    report = check_data(make('mmseg').cfg, options=Options(max_images=5))
+    assert report.findings.problems == []
+    assert [note[::2] for note in report.findings.notes] == [
+        ('sampled', '5 of 12 images were read')] * 2
+
+
+def test_every_note_is_tested():
+    assert {param.values[1] for param in CASES} == set(NOTES) - {'sampled'}
+
+
+# ---- odd, but right: no word about it ----
+
+
+def box_over_the_edge_by_rounding(data):
+    first_annotation(data)['bbox'] = [-0.5, 0, 48.9, 48]
+
+
+def uncompressed_crowd_beside_objects(data):
+    data.coco['annotations'].append(
+        dict(first_annotation(data), id=999, iscrowd=1, segmentation=dict(
+            size=[48, 48], counts=[100, 48 * 48 - 100])))
+
+
+def maps_with_a_palette(data):
+    for path in data.files('annotations/*/*.png'):
+        image = Image.open(path).convert('P')
+        indices = Image.open(path)
+        image.putdata(list(indices.getdata()))
+        image.putpalette([200, 10, 10, 10, 200, 10] * 3)
+        image.save(path)
+        assert np.array_equal(Image.open(path), indices)
+
+
+def unlabelled_set(data):
+    shutil.rmtree(data.root / 'annotations/validation')
+    for split in ('val', 'test'):
+        dataset = data.cfg[f'{split}_dataloader'].dataset
+        dataset.pipeline = [dataset.pipeline[0], dataset.pipeline[2]]
+        dataset.data_prefix = dict(img_path='images/validation')
+
+
+def names_that_are_not_the_folders(data):
+    data.train.metainfo.classes = ('Kreuz', 'Kreis', 'Quadrat', 'Stern',
+                                   'Dreieck')
+
+
+def suffix_in_capitals(data):
+    path = data.files('train/disc/*.jpg')[0]
+    path.rename(path.with_suffix('.JPG'))
+
+
+@pytest.mark.parametrize('host, change', [
+    ('mmdet', box_over_the_edge_by_rounding),
+    ('mmdet', uncompressed_crowd_beside_objects),
+    ('mmseg', maps_with_a_palette),
+    ('mmseg', unlabelled_set),
+    ('mmpretrain', names_that_are_not_the_folders),
+    ('mmpretrain', suffix_in_capitals),
+])
+def test_odd_but_right(host, change, make):
+    data = make(host)
+    change(data)
+    data.save()
+    report = check_data(data.cfg)
+    assert list(report.findings.lines()) == []
+
+
+def test_classes_of_ade20k_chosen(make):
+    """Labels are those of the type's 150 classes, whatever is chosen."""
+    data = make('mmseg')
+    data.train_only()
+    data.train.update(type='ADE20KDataset', metainfo=dict(
+        classes=('wall', 'sky')))
+    data.cfg.model.decode_head.num_classes = 2
+    assert check_data(data.cfg).findings.problems == []
+    data.train.metainfo.classes = ('wall', 'heaven')
+    group, = check_data(data.cfg).findings.problems
+    assert group.code == 'dataset-arguments'
