@@ -139,8 +139,9 @@ def _check_dataset(where: str, cfg: Mapping, scope: str | None,
         findings.note('unchecked', where,
                       f'the files of a dataset of {reason} were not checked')
         return None
-    arguments = {key: value for key, value in cfg.items()
-                 if key not in ('type', 'pipeline', 'lazy_init')}
+    # mmengine adds _scope_ to what a base in another package defines.
+    arguments = {key: value for key, value in cfg.items() if key not in (
+        'type', '_scope_', 'pipeline', 'lazy_init')}
     try:
         dataset = cls(**arguments, pipeline=[], lazy_init=True)
     except _REFUSALS as error:

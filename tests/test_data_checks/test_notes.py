@@ -149,6 +149,10 @@ def uncompressed_crowd_beside_objects(data):
             size=[48, 48], counts=[100, 48 * 48 - 100])))
 
 
+def dataset_of_a_base_in_mmdet(data):
+    data.train['_scope_'] = 'mmdet'
+
+
 def maps_with_a_palette(data):
     for path in data.files('annotations/*/*.png'):
         image = Image.open(path).convert('P')
@@ -180,6 +184,7 @@ def suffix_in_capitals(data):
 @pytest.mark.parametrize('host, change', [
     ('mmdet', box_over_the_edge_by_rounding),
     ('mmdet', uncompressed_crowd_beside_objects),
+    ('mmdet', dataset_of_a_base_in_mmdet),
     ('mmseg', maps_with_a_palette),
     ('mmseg', unlabelled_set),
     ('mmpretrain', names_that_are_not_the_folders),
