@@ -70,9 +70,21 @@ def write_weights(config: Path, seed: int = 1) -> Path:
             value.uniform_(0.5, 2)
         elif key.endswith('relative_position_bias_table'):
             value.normal_()
+    strengthen(state)
     path = config.parent / 'weights.pth'
     torch.save(dict(state_dict=state), path)
     return path
+
+
+def strengthen(state: Dict[str, torch.Tensor]) -> None:
+    """Give blocks the say that training gives them.
+
+    As initialised they add a few percent to their input, behind which an error
+    in them would hide.
+    """
+    for key, value in state.items():
+        if '.blocks.' in key and value.dim() == 2:
+            value.mul_(5)
 
 
 def load(config: Path, **options: Any) -> ExportModel:

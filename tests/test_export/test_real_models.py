@@ -8,7 +8,13 @@ import re
 
 import pytest
 import torch
-from export_models import BACKBONES, load, write_classifier, write_weights
+from export_models import (
+    BACKBONES,
+    load,
+    strengthen,
+    write_classifier,
+    write_weights,
+)
 from guides import ROOT, run_guide
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
@@ -24,9 +30,11 @@ TINY = 'mmseg/rp_swin/rp-swin-tiny_upernet_8xb2-160k_ade20k-512x512.py'
 
 def _model(config, **options):
     torch.manual_seed(1)
-    return ExportModel(
+    model = ExportModel(
         str(ROOT / 'configs' / config), cfg_options={
             'model.backbone.init_cfg': None}, **options)
+    strengthen(model.state_dict())
+    return model
 
 
 def _session(path):
