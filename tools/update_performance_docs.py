@@ -47,7 +47,10 @@ backbones: `own` (the same class with its family's attention), `mmdet` and
 With glibc, freed memory stays with the process (`--allocator keep`), as it
 does under the allocators that torch's tuning guide recommends. Otherwise what
 one peer frees decides how many fresh pages, which are slow at their first use,
-the next one is given; `--allocator default` measures that."""
+the next one is given; `--allocator default` measures that.
+
+The sweep over N is older (commit 066f599, another machine, allocator:
+default), from before the layer in one operator and the faster convolution."""
 # Prose on the rule; the table below it is asked from mmrpa.ops.choose_impl.
 AUTO_RULE = """By device, dtype and sizes, and by nothing else: `'triton'` on
 CUDA where its kernels take the case (float32, bfloat16 or float16, 16 to 128
@@ -157,8 +160,8 @@ def describe(report: Report) -> str:
     machine, settings = report['machine'], report['settings']
     gpu = ('' if machine['device'] == machine['cpu'] else
            f'{machine["device"]}; ')
-    allocator = (f', allocator: {settings["allocator"]}'
-                 if 'allocator' in settings else '')
+    # Reports from before the option are with the library's default.
+    allocator = f', allocator: {settings.get("allocator", "default")}'
     flush = ', L2 flushed before each call' * settings['flush_l2']
     return (f'    {report["command"]}\n\n'
             f'On {gpu}{machine["cpu"]}, {machine["cores"]} cores, '
