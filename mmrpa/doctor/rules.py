@@ -65,7 +65,9 @@ def _torchvision(facts: Facts) -> Iterator[Finding]:
                       'which mmdet and mmpretrain need', command)
         return
     wanted = facts['requires_torch']
-    if wanted and wanted != has.split('+')[0]:
+    # Patch releases go together, and builds from source have odd versions.
+    release = _release(has)
+    if wanted and release not in (_release(wanted), (0, 0)):
         said = f' ({result["error"]})' if 'error' in result else ''
         yield Finding(
             'torchvision-mismatch',
@@ -81,10 +83,17 @@ def matching_torchvision(torch: str) -> str:
 
     So it has been for all releases from torch 2.0 on.
     """
-    major, minor = re.match(r'(\d+)\.(\d+)', torch).groups()
-    if major != '2':
+    major, minor = _release(torch)
+    if major != 2:
         return pin('torchvision')
-    return f'torchvision==0.{int(minor) + 15}.*'
+    return f'torchvision==0.{minor + 15}.*'
+
+
+def _release(version: str) -> Tuple[int, int]:
+    """Major and minor number; (0, 0) of a version without, such as a commit.
+    """
+    found = re.match(r'(\d+)\.(\d+)', version)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def _several_owners(facts: Facts) -> Iterator[Finding]:
@@ -218,8 +227,8 @@ def _weights_only(facts: Facts) -> Iterator[Finding]:
     torch, sources = facts['probes']['torch'], facts['sources']
     if 'found' not in torch or not sources.get('loads'):
         return
-    version = re.match(r'(\d+)\.(\d+)', torch['found']['version']).groups()
-    if tuple(map(int, version)) >= (2, 6) and not sources['says_weights_only']:
+    if (_release(torch['found']['version']) >= (2, 6)
+            and not sources['says_weights_only']):
         owners = ' '.join(facts['owners']['mmengine']) or 'mmengine'
         yield Finding(
             'weights-only', f"torch {torch['found']['version']} loads weights "

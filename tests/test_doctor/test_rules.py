@@ -124,3 +124,21 @@ def test_tested_set_is_that_of_the_project():
     numbers = re.search(r'OLDEST, TESTED, NEWEST = (.*)', parts)[1]
     assert numbers.startswith(f'{PYTHONS[0]}, ')
     assert numbers.endswith(f' {PYTHONS[1]}')
+
+
+def test_version_of_a_build_from_source_is_read():
+    assert matching_torchvision('git1a2b3c').startswith('torchvision==')
+    assert _codes(version='git1a2b3c') == []
+
+
+def test_page_names_all_findings():
+    """docs/environment.md, against the codes that the rules can give."""
+    page = (ROOT / 'docs/environment.md').read_text()
+    rows = re.findall(r'^\| (`.*?) \|', page, re.M)
+    named = {name for row in rows for name in re.findall(r'`([\w-]+)`', row)}
+    source = ''.join((ROOT / 'mmrpa/doctor' / name).read_text()
+                     for name in ('rules.py', 'rules_gpu.py'))
+    # A code is the first argument of a Finding.
+    codes = set(re.findall(r"Finding\(\s*f?'([\w{}-]+)'", source))
+    assert len(codes) > 25
+    assert named == {re.sub(r'\{\w+\}', 'X', code) for code in codes}
