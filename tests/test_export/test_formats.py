@@ -87,7 +87,7 @@ class _Spoiled(ExportModel):
 
     def for_export(self):
         twin = super().for_export()
-        twin.backbone.stages[0].blocks[0].attn.proj.weight.data *= 1.1
+        twin.backbone.stages[0].blocks[0].attn.proj.weight.data *= 2
         return twin
 
 
