@@ -15,7 +15,7 @@ def check_int(name: str, value: Any, low: Optional[int] = None) -> None:
         ValueError: It is below ``low``.
     """
     # In an export sizes are SymInts, which must not be made integers.
-    if isinstance(value, bool) or not (isinstance(value, torch.SymInt)
+    if isinstance(value, bool) or not (isinstance(value, (int, torch.SymInt))
                                        or hasattr(value, '__index__')):
         raise TypeError(f'{name} must be an integer, got {value!r}')
     if isinstance(value, Tensor):

@@ -144,7 +144,8 @@ BAD_QKV = {
     'large-map': (dict(hw_shape=(2, 4)),
                   r'hw_shape=\(2, 4\) must be a map .* at most N=7 tokens'),
     'empty-map': (dict(hw_shape=(0, 5)), r'hw_shape=\(0, 5\) must be a map'),
-    'negative-map': (dict(hw_shape=(-1, -2)), r'hw_shape=\(-1, -2\)'),
+    'negative-map': (dict(hw_shape=(-1, -2)),
+                     'hw_shape must be at least 0, got -1'),
     'dwc-device': (dict(dwc_weight='meta'), 'dwc_weight is on meta but qkv'),
     'bias-device': (dict(dwc_bias='meta'), 'dwc_bias is on meta but qkv on'),
 }

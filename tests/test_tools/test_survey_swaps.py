@@ -16,14 +16,14 @@ def survey():
 
 
 def test_a_worker_survives_its_tasks(survey):
-    with survey.Worker(memory=2, timeout=3) as worker:
+    with survey.Worker(memory=2, timeout=20) as worker:
         process = worker.run(os.getpid)
         assert process == worker.run(os.getpid) != os.getpid()
         for call, error in (
             ((operator.getitem, {}, 'a reason'), "KeyError: 'a reason' ("),
             ((bytearray, 4 * 2**30), 'MemoryError'),
             ((os._exit, 7), 'the process ended with 7'),
-            ((time.sleep, 60), 'took over 3 s')):
+            ((time.sleep, 60), 'took over 20 s')):
             result = worker.run(*call)
             assert result['outcome'] == 'failed', call
             assert result['error'].startswith(error)
