@@ -273,7 +273,10 @@ def test_strides_of_q_k_v_do_not_matter(impl, layout):
     for name in 'qkv':
         tensors[name] = layout(tensors[name])
         assert not tensors[name].is_contiguous()
-    check(impl, tensors, 'naive', layout(out_like(tensors)))
+    # Equal tokens have equal means, so what the anchors get cancels: 4.05e-6
+    # was left by Triton on one CPU.
+    floor = 0.3 if layout is LAYOUTS['one-token'] else 0.2
+    check(impl, tensors, 'naive', layout(out_like(tensors)), floor=floor)
 
 
 @pytest.mark.parametrize('impl', IMPLS)
