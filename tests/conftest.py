@@ -1,9 +1,11 @@
 """Fixtures for all tests."""
 
+import logging
 import os
 
 import pytest
 import torch
+from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
 
 # Triton decides when it is imported, which mmrpa does after this, whether its
@@ -22,6 +24,20 @@ def seed() -> None:
 def no_default_scope() -> None:
     """Forget the host that an earlier test has made the default."""
     DefaultScope._instance_dict.clear()
+
+
+@pytest.fixture(autouse=True)
+def no_closed_logs() -> None:
+    """Drop log files that were closed under the logger of an earlier test.
+
+    uvicorn closes every handler of the process when it starts, and mmengine's
+    init_weights() writes to the streams of file handlers without a look.
+    """
+    for logger in MMLogger._instance_dict.values():
+        for handler in list(logger.handlers):
+            if isinstance(handler, logging.FileHandler) and (
+                    handler.stream is None):
+                logger.removeHandler(handler)
 
 
 @pytest.fixture(autouse=True)

@@ -85,14 +85,24 @@ def run_step(cfg: Config, side: int = 128, weights: bool = True) -> Step:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Leave out mmengine's two lines on each parameter."""
+    """Leave out mmengine's two lines on each parameter.
+
+    It writes them to the stream of each file handler as well, whatever the
+    level: into the log of a training that has nothing to do with this model,
+    or to None where something closed the handler (uvicorn does).
+    """
     logger = MMLogger.get_current_instance()
     level = logger.level
+    files = [h for h in logger.handlers if isinstance(h, logging.FileHandler)]
     logger.setLevel(logging.WARNING)
+    for handler in files:
+        logger.removeHandler(handler)
     try:
         yield
     finally:
         logger.setLevel(level)
+        for handler in files:
+            logger.addHandler(handler)
 
 
 def _set_progress() -> None:

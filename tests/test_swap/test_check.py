@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 
 from mmrpa.swap import swap
 from mmrpa.swap.check import StepError, run_step
@@ -69,3 +70,22 @@ def test_checkpoints_are_loaded_unless_told_otherwise(tmp_path):
     with pytest.raises(FileNotFoundError):
         run_step(cfg, 64)
     assert run_step(cfg, 64, weights=False).loss > 0
+
+
+@pytest.mark.parametrize('closed', [False, True])
+def test_the_log_of_a_training_is_left_alone(tmp_path, closed):
+    # a logger of its own, as a Runner makes it: the current one from here on
+    logger = MMLogger.get_instance(f'a_training_{closed}',
+                                   log_file=str(tmp_path / 'train.log'))
+    logger.info('first')
+    handlers = list(logger.handlers)
+    file_handler = handlers[1]
+    if closed:
+        # as uvicorn does to every handler of the process
+        file_handler.close()
+    assert run_step(swapped('mmdet'), 64).loss > 0
+    assert logger.handlers == handlers
+    file_handler.close()
+    logger.removeHandler(file_handler)
+    line, = (tmp_path / 'train.log').read_text().splitlines()
+    assert line.endswith('first')
