@@ -1,10 +1,13 @@
 """Time a config's backbone against its twin and other libraries' own.
 
-The peers: rp (the backbone as configured), own (its twin: the same class with
-the attention of its family), dense (the twin with dense attention), mmdet (its
-Swin or PVT, built as its shipped configs do) and timm (swin_* as a feature
-extractor, deit_* up to its last tokens). timm has neither PVT v1 nor CSWin,
-mmdet has neither DeiT nor CSWin. Stochastic depth is off in all of them.
+The peers: rp (the backbone as configured), naive (the same with
+impl='naive'), projections (the same with nothing between qkv and proj: no
+attention on the same projections can be faster), own (its twin: the same class
+with the attention of its family), dense (the twin with dense attention), mmdet
+(its Swin or PVT, built as its shipped configs do) and timm (swin_* as a
+feature extractor, deit_* up to its last tokens). timm has neither PVT v1 nor
+CSWin, mmdet has neither DeiT nor CSWin. Stochastic depth is off in all of
+them.
 
 Modes: forward, and forward with backward. bfloat16 and float16 mean autocast,
 as the hosts' --amp. In each round every peer is timed once. Ratios are taken
@@ -18,16 +21,18 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
 import torch
 from benchmarks import measure
+from benchmarks.attention import ChainedProjections
 from mmengine.config import Config
 from mmengine.registry import MODELS
 from torch import nn
 
 from mmrpa.backbones.base import RPBackbone
 from mmrpa.cfg_options import DictAction
+from mmrpa.layers import RPAttention
 
 SIZES = ('224x224', '512x512', '800x1344')
-PEERS = ('rp', 'own', 'dense', 'mmdet', 'timm')
-DEFAULT_PEERS = ('rp', 'own', 'mmdet', 'timm')
+PEERS = ('rp', 'naive', 'projections', 'own', 'dense', 'mmdet', 'timm')
+DEFAULT_PEERS = tuple(peer for peer in PEERS if peer != 'dense')
 REFERENCE = 'own'
 
 
@@ -102,7 +107,26 @@ def build_mmrpa(attention: Optional[str]) -> Callable:
     return build
 
 
-BUILDERS = dict(rp=build_mmrpa(None), own=build_mmrpa('own'),
+def build_naive(backbone: RPBackbone, cfg: Mapping[str, Any],
+                hw_shape: Sequence[int]) -> nn.Module:
+    """The backbone with RPAttention written down as it is defined."""
+    return MODELS.build(dict(
+        cfg, rp_cfg=dict(cfg.get('rp_cfg') or {}, impl='naive')))
+
+
+def build_projections(backbone: RPBackbone, cfg: Mapping[str, Any],
+                      hw_shape: Sequence[int]) -> nn.Module:
+    """The backbone with the projections of its RPAttention layers alone."""
+    built = MODELS.build(cfg)
+    for parent in list(built.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, RPAttention):
+                setattr(parent, name, ChainedProjections(child.embed_dims))
+    return built
+
+
+BUILDERS = dict(rp=build_mmrpa(None), naive=build_naive,
+                projections=build_projections, own=build_mmrpa('own'),
                 dense=build_mmrpa('dense'), mmdet=build_mmdet,
                 timm=build_timm)
 

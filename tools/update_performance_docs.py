@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
 import torch
-from benchmarks.measure import run_tool
+from benchmarks.measure import ratio, run_tool
 from plot_benchmarks import find_crossovers
 
 from mmrpa.ops import choose_impl, computes_layer
 
 DOCS = Path(__file__).resolve().parents[1] / 'docs'
-# <name>-cpu.json and <name>-gpu.json; a file of another name is an error.
+# <name>-cpu.json, <name>-gpu.json and <name>-cpu-glibc.json; a file of another
+# name is an error.
 SECTIONS = {
     'attention': 'Attention layers',
     'sweep': 'Time and memory against N',
@@ -22,6 +23,8 @@ SECTIONS = {
     'backbone-rp-pvt-tiny': 'Backbone RPPVT-T',
 }
 DEVICES = dict(cpu='CPU', gpu='GPU')
+# Measured in addition, and not missed where it is not: with glibc as it is.
+VARIANT = dict(suffix='cpu-glibc', label='CPU, --allocator default')
 # Not attentions: the lower bounds that RPAttention is held against.
 BOUNDS = ('projections', 'floor')
 MODES = dict(forward='Forward', train='Forward and backward')
@@ -41,8 +44,10 @@ two Linear layers), `dense` (torch's scaled_dot_product_attention),
 `sr` (PVT's spatial reduction: 8, 4, 2, 1 for up to 96, 192, 384 and more
 channels), `window` (Swin's, 7 x 7, shifted) and `agent` (attention through
 pooled agents, on the smallest square grid of at least M). Peers of the
-backbones: `own` (the same class with its family's attention), `mmdet` and
-`timm` (those libraries' models; timm has no PVT v1).
+backbones: `naive` (RPAttention as it is defined), `projections` (the same
+backbone with nothing between qkv and proj: a bound for every attention),
+`own` (the same class with its family's attention), `mmdet` and `timm` (those
+libraries' models; timm has no PVT v1).
 
 With glibc, freed memory stays with the process (`--allocator keep`), as it
 does under the allocators that torch's tuning guide recommends. Otherwise what
@@ -82,7 +87,8 @@ def load(folder: Path) -> Dict[str, Report]:
     Raises:
         ValueError: A file that the page has no place for.
     """
-    known = [f'{name}-{device}' for name in SECTIONS for device in DEVICES]
+    known = [f'{name}-{suffix}' for name in SECTIONS
+             for suffix in (*DEVICES, VARIANT['suffix'])]
     paths = sorted(folder.glob('*.json'))
     for path in paths:
         if path.stem not in known:
@@ -192,6 +198,9 @@ def show_report(name: str, report: Report, images: Path) -> List[str]:
             for r in records for peer, reason in r['left_out'].items()})
         if part == 'operator':
             texts.append(show_floor(records))
+        elif part is None and 'projections' in columns(records):
+            texts += ['`projections` over the peers, below which no attention '
+                      'on these projections can be:', bound_table(records)]
         elif report['settings'].get('sweep'):
             texts.append(show_crossovers(records, rp))
         if mode == 'train':
@@ -227,6 +236,24 @@ def show_floor(records: Sequence[Record]) -> str:
     return (f'The floor: {tensors} tensors of B x N x C moved once at the '
             'measured copy bandwidth, median '
             f'{statistics.median(speeds):.4g} GB/s.')
+
+
+def bound_table(records: Sequence[Record]) -> str:
+    """The projections alone over each peer that is not RPAttention.
+
+    Round by round from the samples, as all ratios.
+    """
+    peers = [p for p in columns(records) if p not in ('rp', 'naive', *BOUNDS)]
+
+    def cell(record: Record, peer: str) -> str:
+        samples = record['samples_ms']
+        known = 'projections' in samples and peer in samples
+        return show_ratio(ratio(samples['projections'], samples[peer])
+                          if known else None)
+
+    return table(['image', *(f'over {p}' for p in peers)],
+                 [[show_case(r['case']), *(cell(r, p) for p in peers)]
+                  for r in records])
 
 
 def show_crossovers(records: Sequence[Record], rp: str) -> str:
@@ -293,6 +320,10 @@ def write_page(reports: Dict[str, Report], images: Path) -> str:
             report = reports.get(f'{name}-{device}')
             texts += (['not measured on ' + label + ' yet'] if report is None
                       else show_report(f'{name}-{device}', report, images))
+        variant = f'{name}-{VARIANT["suffix"]}'
+        if variant in reports:
+            texts += [f'## {title}, {VARIANT["label"]}',
+                      *show_report(variant, reports[variant], images)]
     texts += ['## Where RPAttention is slower',
               'Every case and peer of the tables above with a median ratio '
               'above 1; lower bounds are no peers.', slower(reports),

@@ -11,13 +11,19 @@ import pytest
 import torch
 from helpers import TOOLS, load_tool
 from torch import nn
+from torch.nn import functional as F
 
+from mmrpa.layers import RPAttention
 from mmrpa.ops import functional
 
 sys.path.append(str(TOOLS))
 
 from benchmarks import attention, measure  # noqa: E402
-from benchmarks.attention import Case, PooledAgentAttention  # noqa: E402
+from benchmarks.attention import (  # noqa: E402
+    Case,
+    ChainedProjections,
+    PooledAgentAttention,
+)
 
 DOCS = TOOLS.parent / 'docs'
 CONFIGS = TOOLS.parent / 'configs'
@@ -187,6 +193,36 @@ def test_timm_has_as_many_parameters_as_the_twin(config, difference):
     assert count(built['own']) == count(built['timm']) + difference
 
 
+@pytest.mark.parametrize('config', [SWIN, PVT])
+def test_the_bound_is_the_backbone_without_attention(config):
+    """Nothing of it is left but qkv and proj, which see one token each."""
+    tool = load_tool('benchmark_backbones')
+    cfg = tool.read_backbone(str(config), {})
+    built = tool.build_peers(cfg, (64, 64), ['rp', 'projections'])
+    rp, bound = built['rp'], built['projections']
+    removed = sum(count(m) - count(m.qkv) - count(m.proj)
+                  for m in rp.modules() if isinstance(m, RPAttention))
+    assert removed > 0 and count(bound) == count(rp) - removed
+    layer = next(m for m in bound.modules()
+                 if isinstance(m, ChainedProjections))
+    x = torch.randn(1, 6, layer.qkv.in_features)
+    expected = layer.proj(F.linear(x, *(t.chunk(3)[2] for t in (
+        layer.qkv.weight, layer.qkv.bias))))
+    torch.testing.assert_close(layer(x, (2, 3)), expected)
+
+
+def test_naive_is_the_same_model():
+    tool = load_tool('benchmark_backbones')
+    cfg = tool.read_backbone(str(SWIN), {})
+    built = tool.build_peers(cfg, (64, 64), ['rp', 'naive'])
+    assert {m.impl for m in built['naive'].modules()
+            if isinstance(m, RPAttention)} == {'naive'}
+    built['naive'].load_state_dict(built['rp'].state_dict())
+    images = torch.randn(1, 3, 64, 64)
+    for a, b in zip(built['rp'](images), built['naive'](images), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
 # The tools as a whole.
 
 
@@ -276,11 +312,25 @@ def test_backbones(configs, tmp_path, write_config, capsys):
     config = write_config(configs['mmdet'](tmp_path))
     out = tmp_path / 'b.json'
     argv = [str(config), '--sizes', '32x64', *QUICK, '--out', str(out)]
-    assert tool.main([*argv, '--peers', 'rp', 'dense', 'mmdet']) == 0
+    assert tool.main([*argv, '--peers', 'rp', 'projections', 'dense',
+                      'mmdet']) == 0
     report = read(out)
     check_records(report['records'], 5)
     forward, train = report['records']
-    assert set(train['samples_ms']) == {'rp', 'own', 'dense', 'mmdet'}
+    assert set(train['samples_ms']) == {'rp', 'projections', 'own', 'dense',
+                                        'mmdet'}
+    # The page has the bound, and a place for a second allocator.
+    docs = load_tool('update_performance_docs')
+    bound = docs.bound_table([train]).splitlines()
+    assert bound[0] == '| image | over dense | over mmdet | over own |'
+    ratios = [a / b for a, b in zip(train['samples_ms']['projections'],
+                                    train['samples_ms']['mmdet'],
+                                    strict=True)]
+    assert f'{statistics.median(ratios):.2f} (' in bound[2].split('|')[3]
+    page = docs.write_page({'backbone-rp-swin-tiny-cpu-glibc': report},
+                           tmp_path)
+    assert '## Backbone RPSwin-T, CPU, --allocator default\n' in page
+    assert docs.bound_table([train]) in page
     assert all(size > 0 for size in train['kept_bytes'].values())
     assert train['case'] == dict(height=32, width=64)
     assert tool.main([*argv, '--peers', 'timm']) == 2

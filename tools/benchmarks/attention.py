@@ -108,6 +108,14 @@ class Projections(nn.Module):
         return self.qkv(x), self.proj(x)
 
 
+class ChainedProjections(Projections):
+    """The same in a backbone: proj is applied to what would be V."""
+
+    def forward(self, x: Tensor, hw_shape: Tuple[int, int]) -> Tensor:
+        """Tokens (B, N, C) to (B, N, C)."""
+        return self.proj(self.qkv(x)[..., -x.shape[-1]:])
+
+
 # The first is what all are compared with.
 LAYERS: Dict[str, Callable[[Case], nn.Module]] = dict(
     projections=lambda case: Projections(case.channels),
