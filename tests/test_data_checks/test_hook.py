@@ -104,12 +104,18 @@ def test_wrong_arguments(arguments, message):
 
 
 def test_on_in_our_configs():
-    for name in ('mmdet/rp_swin/mask-rcnn_rp-swin-tiny_fpn_1x_coco',
-                 'mmseg/rp_swin/rp-swin-tiny_upernet_8xb2-160k_ade20k-512x512',
-                 'mmseg/rp_pvt/rp-pvt-tiny_fpn_4xb4-80k_ade20k-512x512',
-                 'mmpretrain/rp_deit/rp-deit-base_8xb128_in1k'):
-        hooks = Config.fromfile(ROOT / f'configs/{name}.py').default_hooks
-        assert hooks.data_check.type == 'mmrpa.DataCheckHook', name
+    paths = [
+        ROOT / f'configs/{name}.py' for name in (
+            'mmdet/rp_swin/mask-rcnn_rp-swin-tiny_fpn_1x_coco',
+            'mmseg/rp_swin/rp-swin-tiny_upernet_8xb2-160k_ade20k-512x512',
+            'mmseg/rp_pvt/rp-pvt-tiny_fpn_4xb4-80k_ade20k-512x512',
+            'mmpretrain/rp_deit/rp-deit-base_8xb128_in1k')
+    ]
+    quickstarts = list((ROOT / 'configs').glob('*/quickstart/*.py'))
+    assert len(quickstarts) == 3
+    for path in paths + quickstarts:
+        hooks = Config.fromfile(path).default_hooks
+        assert hooks.data_check.type == 'mmrpa.DataCheckHook', path
         assert isinstance(HOOKS.build(hooks.data_check), DataCheckHook)
 
 

@@ -296,18 +296,22 @@ def test_old_ones_go_after_the_new_one_is_there(tmp_path, monkeypatch):
 
 def test_the_hooks_are_on_in_our_configs():
     """Each config has one of a few bases, and these have the hooks."""
-    for name in ('mmdet/rp_swin/mask-rcnn_rp-swin-tiny_fpn_1x_coco',
-                 'mmseg/rp_swin/rp-swin-tiny_upernet_8xb2-160k_ade20k-512x512',
-                 'mmpretrain/rp_deit/rp-deit-base_8xb128_in1k'):
-        hooks = Config.fromfile(ROOT / f'configs/{name}.py').default_hooks
-        assert hooks.checkpoint.type == 'mmrpa.SafeCheckpointHook', name
-        assert hooks.resume.type == 'mmrpa.ExactResumeHook', name
+    paths = [
+        ROOT / f'configs/{name}.py' for name in (
+            'mmdet/rp_swin/mask-rcnn_rp-swin-tiny_fpn_1x_coco',
+            'mmseg/rp_swin/rp-swin-tiny_upernet_8xb2-160k_ade20k-512x512',
+            'mmpretrain/rp_deit/rp-deit-base_8xb128_in1k')
+    ]
+    quickstarts = list((ROOT / 'configs').glob('*/quickstart/*.py'))
+    assert len(quickstarts) == 3
+    for path in paths + quickstarts:
+        hooks = Config.fromfile(path).default_hooks
+        assert hooks.checkpoint.type == 'mmrpa.SafeCheckpointHook', path
+        assert hooks.resume.type == 'mmrpa.ExactResumeHook', path
     for path in (ROOT / 'configs').rglob('*.py'):
         text = path.read_text()
         assert "'CheckpointHook'" not in text, path
-        if path.parent.name not in ('_base_', 'quickstart'):
+        if path.parent.name != '_base_':
             assert '::_base_/default_runtime.py' not in text, path
-        elif path.parent.name == 'quickstart':
-            assert "'mmrpa.SafeCheckpointHook'" in text, path
         if path.parent.name == 'schedules' and 'CheckpointHook' in text:
             assert 'mmrpa.ExactResumeHook' in text, path

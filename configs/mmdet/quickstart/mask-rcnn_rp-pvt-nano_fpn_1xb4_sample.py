@@ -3,7 +3,7 @@
 # compares it with layer norm on the backbone's outputs.
 _base_ = [
     'mmdet::_base_/models/mask-rcnn_r50_fpn.py',
-    'mmdet::_base_/default_runtime.py'
+    '../_base_/default_runtime.py'
 ]
 
 classes = ('cross', 'disc', 'square', 'star', 'triangle')
@@ -137,7 +137,6 @@ val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 default_hooks = dict(
     logger=dict(interval=10),
-    checkpoint=dict(
-        type='mmrpa.SafeCheckpointHook', interval=3, max_keep_ckpts=1))
+    checkpoint=dict(interval=3, max_keep_ckpts=1))
 randomness = dict(seed=0)
 auto_scale_lr = dict(enable=False, base_batch_size=4)

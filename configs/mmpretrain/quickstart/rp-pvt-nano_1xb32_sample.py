@@ -1,6 +1,6 @@
 # The first part of `make quickstart`: a classifier of the sample shapes, from
 # random weights, which the detector and the segmentor start from.
-_base_ = 'mmpretrain::_base_/default_runtime.py'
+_base_ = '../_base_/default_runtime.py'
 
 classes = ('cross', 'disc', 'square', 'star', 'triangle')
 data_preprocessor = dict(
@@ -79,7 +79,6 @@ val_cfg = dict()
 test_cfg = dict()
 default_hooks = dict(
     logger=dict(interval=5),
-    checkpoint=dict(
-        type='mmrpa.SafeCheckpointHook', interval=5, max_keep_ckpts=1))
+    checkpoint=dict(interval=5, max_keep_ckpts=1))
 randomness = dict(seed=0)
 auto_scale_lr = dict(enable=False, base_batch_size=32)

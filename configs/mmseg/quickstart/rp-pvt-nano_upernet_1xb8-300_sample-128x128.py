@@ -119,6 +119,8 @@ default_hooks = dict(
     checkpoint=dict(
         type='mmrpa.SafeCheckpointHook', by_epoch=False, interval=300,
         max_keep_ckpts=1),
+    resume=dict(type='mmrpa.ExactResumeHook'),
+    data_check=dict(type='mmrpa.DataCheckHook'),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='SegVisualizationHook'))
 randomness = dict(seed=0)
