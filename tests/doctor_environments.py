@@ -2,15 +2,18 @@
 
 import json
 import os
-import shutil
+import shlex
 import subprocess
 import sys
 import venv
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Dict, Mapping, Sequence
+from typing import Any, Dict, Mapping, Optional, Sequence
 
 ROOT = Path(__file__).resolve().parents[1]
+# Small ones that most commands are about.
+OWNED = ('numpy', 'opencv-python-headless', 'pycocotools', 'setuptools',
+         'torchvision', 'ninja', 'safetensors', 'onedl-mmcv', 'onedl-mmengine')
 TESTED = Path(metadata.distribution('numpy').locate_file('')).resolve()
 
 
@@ -25,6 +28,9 @@ class Environment:
         # Links: a copied interpreter would not find its library everywhere.
         venv.create(folder, symlinks=True, with_pip=False)
         self.python = folder / 'bin' / 'python'
+        pip = self.python.with_name('pip')
+        pip.write_text(f'#!/bin/sh\nexec {self.python} -m pip "$@"\n')
+        pip.chmod(0o755)
         version = 'python{}.{}'.format(*sys.version_info)
         self.site = folder / 'lib' / version / 'site-packages'
 
@@ -44,61 +50,96 @@ class Environment:
         return self
 
     def link_tested(self, without: Sequence[str] = (),
-                    copied: Sequence[str] = ()) -> 'Environment':
-        """Link what the tests run with, except for some distributions.
+                    owned: Sequence[str] = ()) -> 'Environment':
+        """Link what the tests run with.
+
+        pip must not reach the tested environment. What it is to remove or
+        replace are real folders here, with links to files in them; all else
+        lies on the path, where pip sees it and leaves it alone.
 
         Args:
             without (sequence[str]): Distributions to leave out.
-            copied (sequence[str]): Import names that something will be
-                installed over: copies, so that the real ones stay whole.
+            owned (sequence[str]): Distributions that pip may change, besides
+                ``OWNED``.
         """
         skipped = {entry for name in without for entry in _entries(name)}
+        here = {entry for name in (*OWNED, *owned) for entry in _entries(name)}
+        rest = self.python.parents[2] / 'rest'
+        rest.mkdir()
         for path in TESTED.iterdir():
-            target = self.site / path.name
-            if path.name in skipped or target.exists():
+            if path.name in skipped:
                 continue
-            if path.name in copied:
-                shutil.copytree(path, target)
+            if path.name in here:
+                _link(str(path), str(self.site / path.name))
             else:
-                target.symlink_to(path)
+                (rest / path.name).symlink_to(path)
+        (self.site / 'rest.pth').write_text(f'{rest}\n')
         return self
+
+    def replace(self, path: str, content: Optional[bytes]) -> None:
+        """Give a file of this environment other content, or remove it."""
+        target = self.site / path
+        target.unlink()
+        if content is not None:
+            target.write_bytes(content)
+
+    def cut(self, pattern: str) -> None:
+        """Cut a file short, as a full disk or a broken download does."""
+        path, = self.site.glob(pattern)
+        self.replace(str(path.relative_to(self.site)),
+                     path.read_bytes()[:4000])
+
+    def run(self, command: str, activated: bool = True,
+            timeout: float = 600) -> str:
+        """Run a shell command here, as a user would; it has to succeed."""
+        done = subprocess.run(
+            command, shell=True, cwd='/', env=self._environ(activated),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            timeout=timeout)
+        assert done.returncode == 0, f'{command}\n{done.stdout}'
+        return done.stdout
 
     def install(self, *requirements: str) -> 'Environment':
-        """Unpack real distributions from the package index over this one."""
-        staging = self.site.parent / 'staging'
-        subprocess.run(
-            [sys.executable, '-m', 'pip', 'install', '--no-deps', '--quiet',
-             '--no-cache-dir', '--no-compile', '--target', staging,
-             *requirements], check=True)
-        for path in staging.iterdir():
-            target = self.site / path.name
-            # Through a link this would overwrite the tested environment.
-            assert not target.is_symlink(), path.name
-            if path.is_dir():
-                shutil.copytree(path, target, dirs_exist_ok=True)
-            else:
-                shutil.copy(path, target)
-        shutil.rmtree(staging)
+        """Install real distributions from the package index."""
+        self.run('pip install --no-deps --quiet ' +
+                 ' '.join(map(shlex.quote, requirements)))
         return self
 
-    def examine(self, *options: str, folder: str = '/'
-                ) -> subprocess.CompletedProcess:
-        """Run the doctor there."""
+    def _environ(self, activated: bool) -> Dict[str, str]:
         environ = {key: value for key, value in os.environ.items()
                    if not key.startswith('PYTHON')}
-        return subprocess.run(
-            [self.python, '-m', 'mmrpa.doctor', *options], cwd=folder,
-            env={**environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'},
-            capture_output=True, text=True, timeout=900)
+        environ.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
+        if activated:
+            environ['PATH'] = f'{self.python.parent}:{os.environ["PATH"]}'
+        return environ
 
-    def findings(self) -> Dict[str, Dict[str, Any]]:
+    def examine(self, *options: str, activated: bool = True
+                ) -> subprocess.CompletedProcess:
+        """Run the doctor there."""
+        return subprocess.run(
+            [self.python, '-m', 'mmrpa.doctor', *options], cwd='/',
+            env=self._environ(activated), capture_output=True, text=True,
+            timeout=900)
+
+    def findings(self, activated: bool = True) -> Dict[str, Dict[str, Any]]:
         """What the doctor finds there, by code; its status has to agree."""
-        done = self.examine('--json')
+        done = self.examine('--json', activated=activated)
         assert not done.stderr, done.stderr
         found = {f['code']: f for f in json.loads(done.stdout)['findings']}
         problems = [f for f in found.values() if f['level'] == 'problem']
         assert done.returncode == int(bool(problems)), done.stdout
         return found
+
+
+def _link(source: str, target: str) -> None:
+    """A tree of real folders with links to files in them."""
+    if not os.path.isdir(source):
+        os.symlink(source, target)
+        return
+    os.mkdir(target)
+    with os.scandir(source) as entries:
+        for entry in entries:
+            _link(entry.path, os.path.join(target, entry.name))
 
 
 def _entries(name: str) -> set:

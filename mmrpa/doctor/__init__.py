@@ -6,8 +6,15 @@ was found there and in their metadata is a dict of facts (:mod:`.facts`), and
 rules turn facts into findings (:mod:`.rules`, :mod:`.rules_gpu`).
 """
 
-from .facts import gather_facts
-from .findings import Finding
-from .report import diagnose, main
+import sys
+
+if sys.version_info < (3, 8):  # the rest of this package does not parse there
+    sys.exit('problem 1 of 1, python: Python {}.{} is not supported, 3.10 to '
+             '3.12 is: the hosts have no releases for others\n'
+             '    make setup PYTHON=python3.11'.format(*sys.version_info))
+
+from .facts import gather_facts  # noqa: E402
+from .findings import Finding  # noqa: E402
+from .report import diagnose, main  # noqa: E402
 
 __all__ = ['Finding', 'diagnose', 'gather_facts', 'main']

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -25,9 +28,11 @@ def gather_facts() -> dict[str, Any]:
     Returns:
         dict: ``python`` (list[int]), ``platform``, ``distributions`` (version
         by normalised name), ``owners`` (names of the distributions by import
-        name), ``has_ops`` (a compiled part lies in mmcv), ``sources`` (what
-        mmengine's own code says), ``requirements`` (what ``pip check`` says),
-        ``gpus`` (names) and ``probes`` (see :func:`probe_all`).
+        name), ``requires_torch`` (what torchvision was built for), ``has_ops``
+        (a compiled part lies in mmcv), ``sources`` (what mmengine's own code
+        says), ``has_pip``, ``interpreter`` (see :func:`_interpreter`),
+        ``requirements`` (what ``pip check`` says), ``gpus`` (names) and
+        ``probes`` (see :func:`probe_all`).
     """
     installed, owners, requires = _distributions()
     return {
@@ -38,6 +43,8 @@ def gather_facts() -> dict[str, Any]:
         'requires_torch': requires,
         'has_ops': _has_ops(),
         'sources': _mmengine_sources(),
+        'has_pip': importlib.util.find_spec('pip') is not None,
+        'interpreter': _interpreter(),
         'requirements': _pip_check(),
         'gpus': _gpus(),
         'probes': probe_all(),
@@ -120,6 +127,18 @@ def _read(path: Path) -> str:
         return path.read_text(encoding='utf-8', errors='replace')
     except OSError:
         return ''
+
+
+def _interpreter() -> str | None:
+    """What was typed for this Python, if a plain ``pip`` is not this one's.
+
+    Without activation, the pip on PATH is that of another environment, and
+    would mend that one. Only what was typed: no folder that was not.
+    """
+    pip = shutil.which('pip')
+    if pip and os.path.dirname(pip) == os.path.dirname(sys.executable):
+        return None
+    return shlex.quote(getattr(sys, 'orig_argv', [sys.executable])[0])
 
 
 def _pip_check() -> list[str]:

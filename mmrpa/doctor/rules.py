@@ -5,17 +5,19 @@ from __future__ import annotations
 import re
 from typing import Any, Callable, Dict, Iterator, Tuple
 
-from .facts import OPENCV
+from .facts import OPENCV, WATCHED
 from .findings import NOTE, PYTHONS, SETUPTOOLS, Finding, pin
-from .rules_gpu import GPU_RULES
+from .rules_gpu import GPU_RULES, INSTALL
 
 Facts = Dict[str, Any]
 # The fork of each package, whose files are those of the original.
 FORKS = dict(mmengine='onedl-mmengine', mmcv='onedl-mmcv',
              mmdet='onedl-mmdetection', mmseg='onedl-mmsegmentation',
              mmpretrain='onedl-mmpretrain')
+# Debug information would double the time and the memory of the compilation.
 BUILD_MMCV = ('pip uninstall -y mmcv mmcv-lite mmcv-full onedl-mmcv && pip '
               "install 'setuptools>=77,<82' wheel ninja && MMCV_WITH_OPS=1 "
+              "CFLAGS='-g0 -O2' "
               'pip install --no-deps --no-build-isolation --no-cache-dir '
               f"--no-binary=onedl-mmcv {pin('onedl-mmcv')}")
 _OLD_NUMPY = ('compiled using NumPy 1.x', '_ARRAY_API not found',
@@ -23,10 +25,44 @@ _OLD_NUMPY = ('compiled using NumPy 1.x', '_ARRAY_API not found',
               'numpy.dtype size changed', 'module compiled against ')
 
 
+# What imports under another name than it is installed by.
+_DISTRIBUTIONS = dict(PIL='pillow', yaml='pyyaml', skimage='scikit-image',
+                      sklearn='scikit-learn', attr='attrs')
+# Where torch.load(weights_only=True) does not keep code out: releases before
+# the one given. Of 2025-04 (GHSA-53q9-r3pm-6pq6) and 2026-01
+# (GHSA-63cw-57p8-fm3p).
+HOLES = (((2, 6), 'CVE-2025-32434'), ((2, 10), 'CVE-2026-24747'))
+
+
 def find_problems(facts: Facts) -> list[Finding]:
     """Apply all rules, the causes before what follows from them."""
     found = [finding for rule in RULES for finding in rule(facts)]
-    return found + list(_other_imports(facts, found))
+    found += _other_imports(facts, found)
+    # Not the cause of anything above.
+    found += _unsafe_torch(facts)
+    found = [*_pip(facts, found), *found]
+    return [_for_interpreter(facts['interpreter'], finding)
+            for finding in found]
+
+
+def _pip(facts: Facts, found: list[Finding]) -> Iterator[Finding]:
+    """Where commands need it: uv's environments, for one, come without."""
+    if not facts['has_pip'] and any(
+            'pip ' in finding.command for finding in found
+            if finding.level != NOTE):
+        yield Finding('pip-missing', 'this environment has no pip, which the '
+                      'commands below need', 'python -m ensurepip')
+
+
+def _for_interpreter(python: str | None, finding: Finding) -> Finding:
+    """The same with commands for a Python whose programs are not on PATH."""
+    if python is None:
+        return finding
+    command = re.sub(r'(?<![\w./-])pip (?=install|uninstall)',
+                     'python -m pip ', finding.command)
+    # A function, because a path may have backslashes in it.
+    return finding._replace(command=re.sub(
+        r'(?<![\w./-])python (?=-[cm] )', lambda _: f'{python} ', command))
 
 
 def _python(facts: Facts) -> Iterator[Finding]:
@@ -48,8 +84,7 @@ def _torch(facts: Facts) -> Iterator[Finding]:
         yield Finding('torch-missing', 'torch is not installed', install)
     else:
         yield Finding('torch-broken', 'torch cannot be imported: ' +
-                      result['error'],
-                      install.replace('install', 'install --force-reinstall'))
+                      result['error'], INSTALL)
 
 
 def _torchvision(facts: Facts) -> Iterator[Finding]:
@@ -75,7 +110,16 @@ def _torchvision(facts: Facts) -> Iterator[Finding]:
             f'built for torch {wanted}, but torch is {has}{said}', command)
     elif 'error' in result and not _is_numpy(result):
         yield Finding('torchvision-broken', 'torchvision does not work: ' +
-                      result['error'], command)
+                      result['error'], _install_missing(result) or command)
+
+
+def _install_missing(result: dict[str, Any]) -> str | None:
+    """The command for an import that fails for want of another package."""
+    # Of a submodule that is missing the package is there, but not whole.
+    name = result.get('missing')
+    if not name or '.' in name or name in (*WATCHED, 'torch', 'torchvision'):
+        return None
+    return f'pip install {_DISTRIBUTIONS.get(name, name)}'
 
 
 def matching_torchvision(torch: str) -> str:
@@ -181,12 +225,33 @@ def _numpy(facts: Facts) -> Iterator[Finding]:
     else:
         yield Finding('numpy-too-new', f'numpy is {version}, but '
                       f'{", ".join(broken)} were compiled against numpy 1.x '
-                      'and do not work with it', "pip install 'numpy<2'")
+                      'and do not work with it', _for_numpy_2(facts, broken))
+
+
+def _for_numpy_2(facts: Facts, broken: list[str]) -> str:
+    """Newer builds where the tested set has them, else an older numpy.
+
+    An older numpy for one old module would break the new ones around it.
+    """
+    torch = any(name.startswith('torch') for name in broken)
+    pins = [pin(name) for probe, name in (
+        ('cv2', 'opencv-python-headless'), ('pycocotools', 'pycocotools'))
+        if probe in broken]
+    if pins and not torch:
+        names = [name for name in OPENCV if name in facts['distributions']
+                 and 'cv2' in broken]
+        remove = f'pip uninstall -y {" ".join(names)} && ' if names else ''
+        return remove + 'pip install --no-deps ' + ' '.join(pins)
+    opencv = [f"'{name}<4.12'" for name in OPENCV
+              if _release(facts['distributions'].get(name, '')) >= (4, 12)]
+    # OpenCV asks for numpy 2 from 4.12 on.
+    return ' '.join(["pip install 'numpy<2'", *opencv])
 
 
 def _requirements(facts: Facts) -> Iterator[Finding]:
     """What ``pip check`` says of packages that this project is about."""
     about = {'numpy', 'torch', 'setuptools', *OPENCV}
+    refused: Dict[str, list] = {}
     for line in facts['requirements']:
         found = re.match(
             r'(\S+) \S+ has requirement ([\w.-]+)(.*?), but you have \S+ '
@@ -194,12 +259,18 @@ def _requirements(facts: Facts) -> Iterator[Finding]:
         if not found:
             continue
         name, needed, limits, has = found.groups()
-        if needed not in about or name == 'torchvision':
-            continue
-        limits = limits.split(';')[0].strip(' ()')
+        if needed in about and name != 'torchvision':
+            limits = limits.split(';')[0].strip(' ()')
+            refused.setdefault(needed, []).append((name, limits, has))
+    for needed, refusals in refused.items():
+        # One command for all: what pleases the first may not please the next.
+        limits = dict.fromkeys(part.strip() for _, text, _ in refusals
+                               for part in text.split(','))
         yield Finding(
-            f'requirement-{needed}', f'{name} refuses {needed} {has}: it '
-            f'needs {needed}{limits}', f"pip install '{needed}{limits}'")
+            f'requirement-{needed}', '; '.join(
+                f'{name} refuses {needed} {has}: it needs {needed}{text}'
+                for name, text, has in refusals),
+            f"pip install '{needed}{','.join(limits)}'")
 
 
 def _setuptools(facts: Facts) -> Iterator[Finding]:
@@ -272,15 +343,43 @@ def _other_imports(facts: Facts, found: list[Finding]) -> Iterator[Finding]:
     if any(finding.level != NOTE for finding in found):
         return  # likely a consequence: mend that first, and ask again
     for package, fork in FORKS.items():
-        result = facts['probes'][package]
-        if facts['owners'][package] and 'error' in result:
-            yield Finding(f'broken-{package}', f'{package} cannot be '
-                          f'imported: {result["error"]}',
-                          f'pip install --force-reinstall --no-deps '
-                          f'{pin(fork)}')
+        result, owners = facts['probes'][package], facts['owners'][package]
+        if not owners or 'error' not in result:
+            continue
+        # The original may be too old for what is around it; the fork must
+        # not come over it.
+        command = _install_missing(result) or (
+            f'pip install --force-reinstall --no-deps {pin(fork)}'
+            if owners == [fork] else f'pip uninstall -y {" ".join(owners)} && '
+            f'pip install --no-deps {pin(fork)}')
+        yield Finding(f'broken-{package}', f'{package} cannot be imported: '
+                      f'{result["error"]}', command)
+
+
+def _unsafe_torch(facts: Facts) -> Iterator[Finding]:
+    torch = facts['probes']['torch'].get('found')
+    release = _release(torch['version']) if torch else (0, 0)
+    holes = [name for fixed, name in HOLES if release < fixed]
+    if not holes or release == (0, 0):
+        return
+    # Another torch needs other ops.
+    rebuild = f' && {BUILD_MMCV}' if facts['has_ops'] else ''
+    yield Finding(
+        'torch-unsafe-load', f"torch {torch['version']}: a checkpoint made "
+        f'for it can run code although weights_only is set '
+        f'({", ".join(holes)}). Until torch is {HOLES[-1][0][0]}.'
+        f'{HOLES[-1][0][1]} or later, load only .safetensors, or .pth files '
+        'that you trust', INSTALL + rebuild)
+
+
+def _safetensors(facts: Facts) -> Iterator[Finding]:
+    if 'safetensors' not in facts['distributions']:
+        yield Finding('safetensors-missing', 'weights in .safetensors files '
+                      'cannot be read without safetensors',
+                      'pip install safetensors', NOTE)
 
 
 RULES: Tuple[Callable[[Facts], Iterator[Finding]], ...] = (
     _python, _torch, _numpy, _requirements, _torchvision, *GPU_RULES,
     _several_owners, _mmcv, _ninja, _opencv, _setuptools, _weights_only,
-    _coco, _mmseg_base)
+    _coco, _mmseg_base, _safetensors)

@@ -7,11 +7,14 @@ from typing import Any, Iterator
 
 from .findings import Finding, pin
 
-INSTALL = (f"pip install --force-reinstall {pin('torch')} "
-           f"{pin('torchvision')}")
+# Both again, then what they lack: reinstalling their dependencies, too, would
+# bring the newest numpy, which others refuse.
+_BOTH = f"{pin('torch')} {pin('torchvision')}"
+INSTALL = (f'pip install --force-reinstall --no-deps {_BOTH} && '
+           f'pip install {_BOTH}')
 BUILD_MMCV_CUDA = (
     "pip install 'setuptools>=77,<82' wheel ninja && MMCV_WITH_OPS=1 "
-    'FORCE_CUDA=1 pip install --force-reinstall --no-deps '
+    "CFLAGS='-g0 -O2' FORCE_CUDA=1 pip install --force-reinstall --no-deps "
     '--no-build-isolation --no-cache-dir --no-binary=onedl-mmcv '
     f"{pin('onedl-mmcv')}")
 

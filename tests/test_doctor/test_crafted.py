@@ -4,11 +4,12 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from doctor_environments import ROOT, Environment
 
-from mmrpa.doctor.findings import TESTED
+from mmrpa.doctor.findings import PYTHONS, TESTED
 
 # Just what the probes of mmrpa/doctor/probes.py ask of each package.
 TORCH = """
@@ -43,6 +44,8 @@ HEALTHY = {
     'pycocotools': ('2.0.11', {'pycocotools/__init__.py': '',
                                'pycocotools/mask.py': ''}),
     'setuptools': ('81.0.0', {}),
+    'pip': ('26.0', {'pip/__init__.py': '', 'pip/__main__.py': ''}),
+    'safetensors': ('0.8.0', {}),
     'ninja': ('1.13.2', {}),
     'onedl-mmcv': ('2.3.6', MMCV),
     'onedl-mmengine': ('0.10.12', {
@@ -105,7 +108,7 @@ BROKEN = {
                  'pip install torch=='),
     'torch raises': ([], [], {'torch/__init__.py': _raising(
         'libcudart.so.13: cannot open shared object file')}, 'torch-broken',
-        'libcudart.so.13', '--force-reinstall torch=='),
+        'libcudart.so.13', '--force-reinstall --no-deps torch=='),
     'no torchvision': (['torchvision'], [], {}, 'torchvision-missing',
                        'not installed', "'torchvision==0.26.*'"),
     'torchvision for another torch': (
@@ -149,7 +152,19 @@ BROKEN = {
         [], [], {'pycocotools/mask.py': 'raise ValueError("numpy.dtype size '
                  'changed, may indicate binary incompatibility")'},
         'numpy-too-new', 'pycocotools were compiled against numpy 1.x',
-        "pip install 'numpy<2'"),
+        'pip install --no-deps pycocotools==2'),
+    'numpy 2 under an old OpenCV': (
+        [], [], {'cv2/__init__.py': _raising(
+            'numpy.core.multiarray failed to import')},
+        'numpy-too-new', 'cv2 were compiled against numpy 1.x',
+        'pip uninstall -y opencv-python-headless && pip install --no-deps '
+        'opencv-python-headless=='),
+    'numpy 2 under an old torch': (
+        [], [], {'torch/__init__.py': TORCH.replace(
+            'sum = lambda self: sum(list(self))',
+            "def sum(self): raise RuntimeError('Numpy is not available')")},
+        'numpy-too-new', 'torch and numpy were compiled against numpy 1.x',
+        "pip install 'numpy<2' 'opencv-python-headless<4.12'"),
     'numpy 1 under new modules': (
         [], [], {'numpy/__init__.py': "__version__ = '1.26.4'\nones=list",
                  'cv2/__init__.py': _raising(
@@ -184,6 +199,35 @@ BROKEN = {
         'MMCV==9 is used but incompatible')}, 'broken-mmdet',
         'MMCV==9 is used but incompatible',
         'pip install --force-reinstall --no-deps onedl-mmdetection=='),
+    'an original raises': (
+        ['onedl-mmdetection'], [('mmdet', '3.3.0', {
+            'mmdet/__init__.py': _raising('MMCV==9 is used but incompatible')}
+                                 )], {}, 'broken-mmdet', 'MMCV==9',
+        'pip uninstall -y mmdet && pip install --no-deps onedl-mmdetection=='),
+    'a host lacks a package': (
+        [], [], {'mmseg/models/__init__.py': 'import skimage.io'},
+        'broken-mmseg', "No module named 'skimage'",
+        'pip install scikit-image'),
+    'ops raise': ([], [], {'mmcv/ops/__init__.py': _raising(
+        'libgomp.so.1: cannot open shared object file')}, 'mmcv-broken',
+        'libgomp.so.1', '--no-binary=onedl-mmcv onedl-mmcv=='),
+    'ops compute nonsense': ([], [], {
+        'mmcv/ops/__init__.py': KEPT.format('0, torch.tensor([1])')},
+        'mmcv-broken', 'AssertionError: [1]', 'MMCV_WITH_OPS=1'),
+    'torchvision without ops': ([], [], {'torchvision/ops.py': 'def nms(*a):'
+        "\n    raise RuntimeError('operator torchvision::nms does not exist')"
+        }, 'torchvision-broken', 'operator torchvision::nms does not exist',
+        "pip install --no-deps --force-reinstall 'torchvision==0.26.*'"),
+    'torchvision without pillow': ([], [], {'torchvision/ops.py':
+        'import PIL'}, 'torchvision-broken', "No module named 'PIL'",
+        'pip install pillow'),
+    'torch that loads code': ([], [], {'torch/__init__.py': TORCH.replace(
+        '2.11.0', '2.5.1+cpu')}, 'torch-unsafe-load',
+        '(CVE-2025-32434, CVE-2026-24747)', 'pip install --force-reinstall '
+        '--no-deps torch=='),
+    'torch that corrupts memory': ([], [], {'torch/__init__.py': TORCH.replace(
+        '2.11.0', '2.9.1')}, 'torch-unsafe-load', 'is set (CVE-2026-24747)',
+        '--no-binary=onedl-mmcv onedl-mmcv=='),
 }
 
 
@@ -194,6 +238,49 @@ def test_finding(name, make):
     assert finding['level'] == 'problem'
     assert text in finding['text']
     assert command in finding['command']
+
+
+def test_package_that_is_an_extra_is_a_note(make):
+    found = make(['safetensors']).findings()
+    assert found['safetensors-missing']['level'] == 'note'
+
+
+def test_without_pip_the_first_command_brings_it(make):
+    found = make(['pip', 'pycocotools']).findings()
+    assert list(found) == ['pip-missing', 'pycocotools', 'mmseg-base']
+    assert found['pip-missing']['command'] == 'python -m ensurepip'
+
+
+@pytest.mark.parametrize('name', ['no pycocotools', 'no torch',
+                                  'mmcv without ops'])
+def test_commands_for_an_environment_that_is_not_activated(name, make):
+    """A plain ``pip`` would be that of another one."""
+    without, extra, files, code, _, _ = BROKEN[name]
+    environment = make(without, extra, files=files)
+    plain = environment.findings()[code]['command']
+    full = environment.findings(activated=False)[code]['command']
+    python = f'{environment.python} -m pip '
+    assert full.replace(python, 'pip ') == plain
+    assert full.count(python) == plain.count('pip install') + plain.count(
+        'pip uninstall')
+
+
+@pytest.mark.parametrize('minor', [6, 7, 8, 9, 13, 14])
+def test_python_that_is_not_supported(minor, tmp_path):
+    """For real, by those that are installed beside this one, as pyenv does."""
+    beside = Path(sys.base_prefix).parent.glob(f'3.{minor}*/bin/python')
+    python = next(beside, None)
+    if python is None:
+        pytest.skip(f'no Python 3.{minor} beside this one')
+    done = subprocess.run(
+        [python, '-B', '-m', 'mmrpa.doctor'], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 1
+    low, high = ('.'.join(map(str, version)) for version in PYTHONS)
+    assert f', python: Python 3.{minor} is not supported, {low} to {high} is' \
+        in ' '.join(done.stdout.split())
+    assert '    make setup PYTHON=python3.11\n' in done.stdout
+    assert 'Traceback' not in done.stdout
 
 
 @pytest.mark.parametrize('crash, said', [

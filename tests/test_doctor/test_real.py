@@ -1,83 +1,206 @@
-"""Findings in copies of the tested environment that pip has spoiled.
+"""Findings in copies of the tested environment that were spoiled for real.
 
 The packages are the real ones, from the package index, in the versions that
-users have. ``python -m pytest -m long tests/test_doctor``
+users have, or files of theirs are cut short. Then the command that the doctor
+prints first is run as it stands, until no problem is left.
+``python -m pytest -m long tests/test_doctor``
 """
+
+import shutil
+from pathlib import Path
 
 import pytest
 from doctor_environments import Environment
 
 pytestmark = pytest.mark.long
 
-# What is left out of the tested set (distributions), what is a copy because
-# something is installed over it (import names), what is installed, and the
-# findings, each with words that have to be in it.
+# What is left out of the tested set (distributions), what pip is to change
+# besides doctor_environments.OWNED, what is installed, and the findings, each
+# with words that have to be in it.
 SPOILED = {
     'both builds of OpenCV': (
-        ['opencv-python-headless'], [],
-        ['opencv-python==4.12.0.88', 'opencv-python-headless==4.12.0.88'],
+        [], [], ['opencv-python==4.12.0.88'],
         {'opencv-twice': 'opencv-python and opencv-python-headless'}),
     'no OpenCV': (['opencv-python-headless'], [], [],
                   {'opencv-missing': 'no OpenCV'}),
-    'mmcv-lite in the place of mmcv': (
-        ['onedl-mmcv'], [], ['mmcv-lite==2.2.0'],
-        {'mmcv-no-ops': 'mmcv-lite never has any'}),
-    'mmcv-lite over mmcv': (
-        [], ['mmcv'], ['mmcv-lite==2.2.0'],
-        {'overwritten-mmcv': 'mmcv-lite and onedl-mmcv'}),
-    'no ninja where mmcv has to be compiled': (
-        ['onedl-mmcv', 'ninja'], [], ['mmcv-lite==2.2.0'],
-        {'ninja': 'ninja is not installed'}),
     'the original mmengine over the fork': (
-        [], ['mmengine'], ['mmengine==0.10.7'],
+        [], [], ['mmengine==0.10.7'],
         {'overwritten-mmengine': 'mmengine and onedl-mmengine',
          'weights-only': 'Weights only load failed'}),
     'the original mmengine': (
         ['onedl-mmengine'], [], ['mmengine==0.10.7'],
         {'weights-only': 'Weights only load failed'}),
     'the original mmsegmentation over the fork': (
-        # Its wheel has brought its tests along, as a package.
-        [], ['mmseg', 'tests'], ['mmsegmentation==1.2.2'],
+        [], ['onedl-mmsegmentation'], ['mmsegmentation==1.2.2'],
         {'overwritten-mmseg': 'mmsegmentation and onedl-mmsegmentation'}),
+    'the original mmdet, too old for the mmcv': (
+        ['onedl-mmdetection'], [], ['mmdet==3.3.0'],
+        {'broken-mmdet': 'MMCV==2.3.6 is used but incompatible'}),
+    'a host without one of its packages': (
+        ['terminaltables'], [], [],
+        {'broken-mmdet': "No module named 'terminaltables'"}),
     'torchvision for another torch': (
-        ['torchvision'], [], ['torchvision==0.25.0'],
+        [], [], ['torchvision==0.25.0'],
         {'torchvision-mismatch': 'was built for torch 2.10.0, but torch is '
          '2.11.0'}),
     'no torchvision': (['torchvision'], [], [],
                        {'torchvision-missing': 'not installed'}),
+    'torchvision without pillow': (
+        ['pillow'], [], [],
+        {'torchvision-broken': "No module named 'PIL'"}),
     'numpy that the hosts refuse': (
-        ['numpy'], [], ['numpy==2.4.0'],
+        [], [], ['numpy==2.4.0'],
         {'requirement-numpy': 'refuses numpy 2.4.0'}),
     'numpy of the first generation': (
-        ['numpy'], [], ['numpy==1.26.4'],
+        [], [], ['numpy==1.26.4'],
         {'requirement-numpy': 'refuses numpy 1.26.4'}),
     'a module compiled for numpy 1': (
-        ['pycocotools'], [], ['pycocotools==2.0.7'],
-        {'numpy-too-new': 'pycocotools'}),
+        [], [], ['pycocotools==2.0.7'], {'numpy-too-new': 'pycocotools'}),
     'setuptools without pkg_resources': (
-        ['setuptools'], [], ['setuptools==82.0.0'],
+        [], [], ['setuptools==82.0.0'],
         {'setuptools-too-new': '82.0.0 has no pkg_resources'}),
     'setuptools of Python itself': (
-        ['setuptools'], [], ['setuptools==65.5.0'],
-        {'setuptools-too-old': '65.5.0'}),
+        [], [], ['setuptools==65.5.0'], {'setuptools-too-old': '65.5.0'}),
     'no pycocotools': (['pycocotools'], [], [],
                        {'pycocotools': "No module named 'pycocotools'"}),
     'no torch': (['torch'], [], [], {'torch-missing': 'not installed'}),
 }
+# Files that are cut short, and what else pip is to change.
+CUT = {
+    'numpy': ('numpy/_core/_multiarray_umath*.so', [], 'numpy-broken'),
+    'torchvision': ('torchvision/_C.so', [], 'torchvision-broken'),
+    'OpenCV': ('cv2/cv2.abi3.so', [], 'opencv-broken'),
+    'pycocotools': ('pycocotools/_mask*.so', [], 'pycocotools'),
+    'mmdet': ('mmdet/models/detectors/mask_rcnn.py', ['onedl-mmdetection'],
+              'broken-mmdet'),
+}
+# mmcv's ops: the command compiles them, see test_command_compiles_mmcv.
+OPS = {
+    'mmcv-lite in the place of mmcv': (
+        ['onedl-mmcv'], ['mmcv-lite==2.2.0'],
+        {'mmcv-no-ops': 'mmcv-lite never has any'}),
+    'mmcv-lite over mmcv': (
+        [], ['mmcv-lite==2.2.0'],
+        {'overwritten-mmcv': 'mmcv-lite and onedl-mmcv'}),
+    'no mmcv': (['onedl-mmcv'], [], {'mmcv-missing': 'not installed'}),
+    'ops for another torch': (
+        ['torch', 'torchvision'], ['torch==2.13.0', 'torchvision==0.28.0'],
+        {'mmcv-other-torch': 'undefined symbol'}),
+}
 
 
-def test_linked_copy_has_no_problems(tmp_path):
-    found = Environment(tmp_path / 'env').link_tested().findings()
+@pytest.fixture
+def environment(tmp_path):
+    """Where to put one; pytest keeps what tests leave, and these are large."""
+    yield Environment(tmp_path / 'env')
+    shutil.rmtree(tmp_path / 'env')
+
+
+def follow(environment: Environment, expected: str, **how: bool) -> None:
+    """Do what the doctor says, always the first thing, until it is content.
+
+    Each command has to succeed and to end its finding for good.
+    """
+    done = []
+    while problems := [
+            finding for finding in environment.findings(**how).values()
+            if finding['level'] == 'problem']:
+        assert problems[0]['code'] not in done, problems[0]
+        assert not {finding['code'] for finding in problems} & set(done)
+        done.append(problems[0]['code'])
+        print(problems[0]['code'], '|', problems[0]['command'])
+        environment.run(problems[0]['command'], **how)
+    assert expected in done
+
+
+def test_linked_copy_has_no_problems(environment):
+    found = environment.link_tested().findings()
     assert list(found) == ['mmseg-base']
+    folder = environment.run(found['mmseg-base']['command']).strip()
+    assert Path(folder, 'upernet').is_dir()
 
 
 @pytest.mark.parametrize('name', SPOILED)
-def test_finding(name, tmp_path):
-    without, copied, requirements, expected = SPOILED[name]
-    environment = Environment(tmp_path / 'env').link_tested(without, copied)
+def test_command_mends_finding(name, environment):
+    without, owned, requirements, expected = SPOILED[name]
+    environment.link_tested(without, owned)
     if requirements:
         environment.install(*requirements)
     found = environment.findings()
     for code, text in expected.items():
         assert text in found[code]['text']
-        assert 'pip ' in found[code]['command']
+    follow(environment, next(iter(expected)))
+
+
+@pytest.mark.parametrize('name', CUT)
+def test_command_mends_files_cut_short(name, environment):
+    pattern, owned, code = CUT[name]
+    environment.link_tested(owned=owned).cut(pattern)
+    follow(environment, code)
+
+
+@pytest.mark.parametrize('name', OPS)
+def test_ops(name, environment):
+    without, requirements, expected = OPS[name]
+    environment.link_tested(without)
+    if requirements:
+        environment.install(*requirements)
+    found = environment.findings()
+    for code, text in expected.items():
+        assert text in found[code]['text']
+        assert '--no-binary=onedl-mmcv' in found[code]['command']
+
+
+def test_ops_cut_short(environment):
+    environment.link_tested().cut('mmcv/_ext*.so')
+    found = environment.findings()
+    assert list(found) == ['mmcv-broken', 'mmseg-base']
+    assert 'file too short' in found['mmcv-broken']['text']
+
+
+def test_ninja_before_the_compilation(environment):
+    environment.link_tested(['onedl-mmcv', 'ninja'])
+    environment.install('mmcv-lite==2.2.0')
+    command = environment.findings()['ninja']['command']
+    environment.run(command)
+    assert list(environment.findings()) == ['mmcv-no-ops', 'mmseg-base']
+
+
+def test_safetensors(environment):
+    environment.link_tested(['safetensors'])
+    found = environment.findings()
+    assert found['safetensors-missing']['level'] == 'note'
+    environment.run(found['safetensors-missing']['command'])
+    assert list(environment.findings()) == ['mmseg-base']
+
+
+def test_pip_of_another_environment(environment):
+    """Not activated: a plain ``pip`` would mend another environment."""
+    environment.link_tested(['pycocotools'])
+    command = environment.findings(activated=False)['pycocotools']['command']
+    assert command.startswith(f'{environment.python} -m pip install ')
+    follow(environment, 'pycocotools', activated=False)
+
+
+def test_environment_without_pip(environment):
+    environment.link_tested(['pip', 'pycocotools'])
+    assert list(environment.findings()) == ['pip-missing', 'pycocotools',
+                                            'mmseg-base']
+    follow(environment, 'pip-missing')
+
+
+def test_command_compiles_mmcv(environment):
+    """Of all findings about mmcv's ops; takes half an hour on one core."""
+    environment.link_tested(['onedl-mmcv']).install('mmcv-lite==2.2.0')
+    command = environment.findings()['mmcv-no-ops']['command']
+    environment.run(command, timeout=7200)
+    assert list(environment.findings()) == ['mmseg-base']
+
+
+def test_torch_whose_loading_has_holes(environment):
+    """CPython 3.10 to 3.12; downloads 3 GB."""
+    environment.link_tested(['torch', 'torchvision', 'onedl-mmcv', 'triton'])
+    environment.run('pip install --quiet torch==2.5.1 torchvision==0.20.1',
+                    timeout=1800)
+    found = environment.findings()['torch-unsafe-load']
+    assert 'CVE-2025-32434, CVE-2026-24747' in found['text']

@@ -21,12 +21,15 @@ FACTS = {
     'python': [3, 11, 7],
     'platform': 'Linux',
     'distributions': {'setuptools': '81.0.0', 'torchvision': '0.26.0+cu130',
-                      'opencv-python-headless': '4.12.0.88', 'ninja': '1'},
+                      'opencv-python-headless': '4.12.0.88', 'ninja': '1',
+                      'safetensors': '0.8.0'},
     'owners': {name: [f'onedl-{name}'] for name in (
         'mmengine', 'mmcv', 'mmdet', 'mmpretrain')} | {'mmseg': [], 'cv2': []},
     'requires_torch': '2.11.0',
     'has_ops': True,
     'sources': {},
+    'has_pip': True,
+    'interpreter': None,
     'requirements': [],
     'gpus': ['NVIDIA H100'],
     'probes': {name: {'found': {'version': '2.2.6'}} for name in (
@@ -62,6 +65,10 @@ def _codes(**changes):
     (dict(capabilities=[[6, 1]]), ['cuda-arch']),
     (dict(capabilities=[[9, 0], [3, 7]]), ['cuda-arch']),
     (dict(ops_cuda='not available'), ['mmcv-cpu-ops']),
+    (dict(version='2.9.1+cu128', requires_torch='2.9.1'),
+     ['torch-unsafe-load']),
+    (dict(version='2.10.0+cu128', requires_torch='2.10.0'), []),
+    (dict(has_pip=False), []),
     (dict(python=[3, 13, 0]), ['python']),
     (dict(python=[3, 9, 1]), ['python']),
     (dict(requirements=['opencv-python-headless 4.12.0.88 has requirement '
@@ -95,6 +102,17 @@ def test_requirement_gives_the_range_to_install():
     finding, = diagnose(facts)
     assert finding.command == "pip install 'numpy<2.3.0,>=2'"
     assert finding.text == 'cv refuses numpy 2.4: it needs numpy<2.3.0,>=2'
+
+
+def test_all_that_refuse_a_version_are_pleased_at_once():
+    facts = copy.deepcopy(FACTS)
+    facts['requirements'] = [
+        'a 4 has requirement numpy<2.3.0,>=2, but you have numpy 2.4.0.',
+        'b 1 has requirement numpy<2.2, but you have numpy 2.4.0.',
+        'c 1 has requirement numpy>=2, but you have numpy 2.4.0.']
+    finding, = diagnose(facts)
+    assert finding.command == "pip install 'numpy<2.3.0,>=2,<2.2'"
+    assert 'b refuses numpy 2.4.0: it needs numpy<2.2; c' in finding.text
 
 
 @pytest.mark.parametrize('torch, torchvision', [
