@@ -1,17 +1,35 @@
-"""What ``--resume`` means, and a training that torchrun has started again.
+"""What ``--resume`` means, and processes that torchrun has started.
 
 ``MAX_RESTARTS=3 tools/dist_train.sh ...`` lets torchrun start all processes
 again after one has died. They get the same arguments, so without more they
 would begin from the beginning, or from the file of ``--resume FILE``.
 """
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 # When dist_train.sh was started, in seconds since 1970; set by launchers.sh.
 LAUNCHED = 'MMRPA_LAUNCHED'
 _COUNT = 'TORCHELASTIC_RESTART_COUNT'
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
+
+
+def end_with_launcher() -> None:
+    """Let this process end when the torchrun that has started it does.
+
+    torchrun ends its processes, unless it is killed with SIGKILL (by hand, or
+    by a machine without memory). They have sessions of their own, so they
+    would train on, and write to the folder of whoever starts it again.
+
+    The system sends SIGTERM, as torchrun does. Nothing is changed in a
+    process that torchrun has not started, and on other systems than Linux.
+    """
+    if sys.platform == 'linux' and _COUNT in os.environ:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
 def restart_flags(config: str, cfg: Mapping,

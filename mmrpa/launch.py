@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from mmrpa.cpu_amp import amp_on_cpu
-from mmrpa.elastic import restart_flags, settle_resume
+from mmrpa.elastic import end_with_launcher, restart_flags, settle_resume
 from mmrpa.interfaces import choose_gloo_interface
 from mmrpa.preflight import ConfigError, MissingPathError, check_config
 
@@ -52,6 +52,8 @@ def run(name: str, doc: str, argv: Sequence[str]) -> None:
             the first process of each machine says why.
     """
     args = _parse(name, doc, argv)
+    if args.launcher == 'pytorch':
+        end_with_launcher()
     asks_help = any(arg in ('-h', '--help') for arg in argv)
     try:
         script, host_argv, cpu_timeout = _prepare(name, args, argv, asks_help)
@@ -176,6 +178,10 @@ def _prepare(name: str, args: argparse.Namespace, argv: Sequence[str],
             splits = splits[:1]
         try:
             notes = check_config(cfg, splits, args.allow_subset)
+            if name == 'train' and _local_rank() == 0:
+                # The others wait for this one as soon as they form a group.
+                from mmrpa.hooks.data_check import check_early
+                check_early(cfg, splits, args.allow_subset)
         except ConfigError as error:
             raise type(error)(f'{error}\n(--no-preflight leaves out these '
                               'checks)') from error
@@ -186,14 +192,13 @@ def _prepare(name: str, args: argparse.Namespace, argv: Sequence[str],
 
 def _data_check_options(cfg: Mapping, args: argparse.Namespace) -> list[str]:
     """Tell DataCheckHook, which checks again, what the user accepts."""
-    key = 'default_hooks.data_check'
-    if not (cfg.get('default_hooks') or {}).get('data_check'):
-        return []
+    from mmrpa.hooks.data_check import find_data_checks
     options = []
-    if args.allow_subset:
-        options.append(f'{key}.allow_subset=True')
-    if args.no_preflight:
-        options.append(f'{key}.enabled=False')
+    for key, _ in find_data_checks(cfg):
+        if args.allow_subset:
+            options.append(f'{key}.allow_subset=True')
+        if args.no_preflight:
+            options.append(f'{key}.enabled=False')
     return ['--cfg-options', *options] if options else []
 
 

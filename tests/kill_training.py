@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from helpers import TOOLS
@@ -78,8 +79,12 @@ def wait_for(process: subprocess.Popen, ready, log: Path,
 
 
 def kill_all(process: subprocess.Popen) -> None:
-    """SIGKILL to a process and all that it has started."""
-    os.killpg(process.pid, signal.SIGKILL)
+    """SIGKILL to a process and all that it has started, if it still runs.
+
+    One that has died of an error leaves no group: the error is to be seen.
+    """
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 

@@ -23,6 +23,7 @@ from mmengine.dist import init_dist, is_main_process, master_only
 from torch import distributed as dist
 
 from mmrpa.cfg_options import DictAction
+from mmrpa.elastic import end_with_launcher
 from mmrpa.launch import load_config
 from mmrpa.safe_loading import protect_process
 from mmrpa.transfer import start_student
@@ -215,6 +216,8 @@ def process_group(launcher: str) -> Iterator[None]:
     if launcher == 'pytorch' and 'RANK' not in os.environ:
         raise ValueError('--launcher pytorch is for processes that torchrun '
                          'has started: use tools/dist_align_attention.sh')
+    if launcher == 'pytorch':
+        end_with_launcher()
     if get_device() != 'cpu':
         init_dist(launcher, backend='nccl')
     elif launcher == 'pytorch':

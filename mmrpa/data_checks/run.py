@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from time import monotonic
 from typing import Any
 
 from ..preflight import (
@@ -36,10 +37,12 @@ class Report:
     Attributes:
         findings (Findings): Problems and notes.
         histograms (dict[str, Histogram]): By dotted key of the dataset.
+        seconds (float): How long the files were read.
     """
 
     findings: Findings = field(default_factory=Findings)
     histograms: dict[str, Histogram] = field(default_factory=dict)
+    seconds: float = 0.
 
     @property
     def num_problems(self) -> int:
@@ -65,7 +68,7 @@ class Report:
 
 
 def check_data(cfg: Mapping, splits: Sequence[str] = ('train', 'val'),
-               options: Options | None = None, world_size: int = 1,
+               options: Options | None = None, world_size: int | None = 1,
                allow_subset: bool = False) -> Report:
     """Check the datasets of a config, their files included.
 
@@ -73,7 +76,8 @@ def check_data(cfg: Mapping, splits: Sequence[str] = ('train', 'val'),
         cfg (Mapping): The config, normally a ``mmengine.Config``.
         splits (Sequence[str]): Which of 'train', 'val', 'test'.
         options (Options, optional): How much to read; default: all.
-        world_size (int): Processes of the training, for its batch.
+        world_size (int, optional): Processes of the training, for its batch;
+            None leaves that out.
         allow_subset (bool): Accept COCO files with categories that the
             dataset's classes lack.
 
@@ -83,6 +87,7 @@ def check_data(cfg: Mapping, splits: Sequence[str] = ('train', 'val'),
     Raises:
         ConfigError: If ``splits`` is wrong.
     """
+    start = monotonic()
     report = Report()
     findings = report.findings
     options = options or Options()
@@ -104,7 +109,8 @@ def check_data(cfg: Mapping, splits: Sequence[str] = ('train', 'val'),
         histogram = _check_dataset(where, dataset, scope, findings, options)
         if histogram is not None:
             report.histograms[where] = histogram
-    if 'train' in splits:
+    report.seconds = monotonic() - start
+    if 'train' in splits and world_size is not None:
         check_batch(cfg, world_size, findings)
     return report
 

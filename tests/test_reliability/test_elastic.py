@@ -1,9 +1,12 @@
-"""Flags of a training that torchrun has started again."""
+"""Processes that torchrun has started, or started again."""
 
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
+import textwrap
 
 import pytest
 from helpers import TOOLS
@@ -93,3 +96,41 @@ def test_the_launcher_is_told(tmp_path):
     assert place < arguments.index(str(TOOLS / 'train.py'))
     assert int(launched) > 1e9
     assert apart == '1'  # a store of its own for each start
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='a call of Linux')
+@pytest.mark.parametrize('started_by_torchrun', [True, False])
+def test_a_process_ends_with_its_launcher(started_by_torchrun):
+    """The launcher gets SIGKILL; a pipe that is closed tells of the end."""
+    child = textwrap.dedent("""
+        import os, sys, time
+        from mmrpa.elastic import end_with_launcher
+        end_with_launcher()
+        os.write(int(sys.argv[1]), str(os.getpid()).encode())
+        time.sleep(60)
+    """)
+    launcher = textwrap.dedent("""
+        import subprocess, sys
+        subprocess.run([sys.executable, '-c', *sys.argv[1:]], pass_fds=[
+            int(sys.argv[2])], start_new_session=True)
+    """)
+    name = 'TORCHELASTIC_RESTART_COUNT'
+    env = {k: v for k, v in os.environ.items() if k != name}
+    env['PYTHONPATH'] = str(TOOLS.parent)
+    if started_by_torchrun:
+        env[name] = '0'
+    reader, writer = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, '-c', launcher, child, str(writer)], env=env,
+        pass_fds=[writer])
+    os.close(writer)
+    worker = int(os.read(reader, 20))  # it runs
+    process.kill()
+    process.wait()
+    # One that does not end would be waited for without an end.
+    closed, _, _ = select.select([reader], [], [],
+                                 30 if started_by_torchrun else 1)
+    os.close(reader)
+    if not started_by_torchrun:
+        os.kill(worker, signal.SIGKILL)  # fails if it has ended
+    assert bool(closed) == started_by_torchrun

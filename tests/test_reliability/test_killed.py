@@ -24,7 +24,6 @@ from mmengine.config import Config
 CONFIGS = TOOLS.parent / 'configs'
 # Small steps; every loss as it is, not the mean of ten.
 COMMON = ('log_processor.window_size=1', 'default_hooks.logger.interval=1',
-          'default_hooks.resume.type=mmrpa.ExactResumeHook',
           'default_hooks.checkpoint.by_epoch=False',
           'default_hooks.checkpoint.interval=3',
           'default_hooks.checkpoint.max_keep_ckpts=2')
@@ -179,6 +178,43 @@ def test_one_of_two_is_killed(folder):
     assert 'rank      : 1 (local_rank: 1)' in text
     for name in ('iter_3.pth', ):
         torch.load(work_dir / name, weights_only=False)
+
+
+def marked(mark: str) -> list[int]:
+    """Processes that run with a text among their variables."""
+    found = []
+    for path in Path('/proc').glob('[0-9]*'):
+        try:
+            if mark.encode() in (path / 'environ').read_bytes():
+                found.append(int(path.name))
+        except OSError:  # it has just ended, or is another user's
+            continue
+    return found
+
+
+@pytest.mark.long
+def test_the_launcher_is_killed(folder):
+    """SIGKILL leaves torchrun no time to end what it has started."""
+    work_dir, log = folder / 'orphans', folder / 'orphans.log'
+    mark = f'MMRPA_TEST_MARK={work_dir}'
+    process = start(two_processes(work_dir), log,
+                    MMRPA_TEST_MARK=str(work_dir))
+    wait_for(process, lambda: any(
+        5 in run for run in read_losses(work_dir)), log)
+    assert len(marked(mark)) >= 5  # torchrun, 2 ranks, a loader of each
+    begin = time.monotonic()
+    process.kill()
+    process.wait()
+    try:
+        while marked(mark):
+            assert time.monotonic() < begin + 60, log.read_text()
+            time.sleep(0.1)
+    finally:
+        for left in marked(mark):
+            os.kill(left, signal.SIGKILL)
+    print(f'all had ended after {time.monotonic() - begin:.1f} s')
+    assert max(read_losses(work_dir)[0]) < 12  # not by having finished
+    torch.load(work_dir / 'iter_3.pth', weights_only=False)
 
 
 @pytest.mark.long
