@@ -8,6 +8,7 @@ import os
 _LARGE = 50 * 2**20  # bytes; parsing takes about a second for this many
 _WINDOW = 2**24  # bytes; far more than any list of categories takes
 _KEY = b'"categories"'
+_END = 1000  # bytes of which one at least is no blank
 
 
 @functools.lru_cache(maxsize=None)
@@ -17,7 +18,8 @@ def read_categories(path: str,
 
     A file up to ``large`` bytes is parsed. A larger one
     (instances_train2017.json has 450 MB) is searched for its list of
-    categories instead, from the end, where COCO's own files have it.
+    categories instead, from the end, where COCO's own files have it, and
+    must end as an object does.
 
     Args:
         path (str): A COCO annotation file.
@@ -27,8 +29,8 @@ def read_categories(path: str,
         tuple: The names, and a note if the file was searched, else ''.
 
     Raises:
-        ValueError: If the file is no JSON, has no list of categories, or a
-            category has no name.
+        ValueError: If the file is no JSON, or is cut short, has no list of
+            categories, or a category has no name.
     """
     size = os.path.getsize(path)
     if size > large:
@@ -65,6 +67,12 @@ def _search(path: str) -> list | None:
     decoder = json.JSONDecoder()
     with open(path, 'rb') as file, mmap.mmap(
             file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        end = content[-_END:].rstrip()[-1:]
+        if end != b'}':
+            raise ValueError(f'{path!r} is not valid JSON: it ends in '
+                             f'{end.decode(errors="replace")!r} and not in '
+                             "'}', as if it was cut short. Write or download "
+                             'it again')
         start = content.rfind(_KEY)
         while start >= 0:
             begin = start + len(_KEY)

@@ -272,6 +272,20 @@ def test_large_file_without_categories(tmp_path):
         read_categories(str(path), large=1)
 
 
+@pytest.mark.parametrize('removed', [1, 3, 30])
+def test_large_file_that_is_cut_short(removed, tmp_path):
+    """By a download that was interrupted; its categories are there."""
+    path = tmp_path / 'large.json'
+    text = json.dumps(dict(categories=[dict(id=1, name='a')],
+                           annotations=[dict(id=i) for i in range(20)]))
+    path.write_text(text + '\n \n')
+    assert read_categories(str(path), large=1)[0] == ('a', )
+    path.write_text(text[:-removed])
+    read_categories.cache_clear()
+    with pytest.raises(ValueError, match='large.json.*as if it was cut'):
+        read_categories(str(path), large=1)
+
+
 HEADS = dict(
     rpn_head=dict(num_classes=1),
     roi_head=dict(
