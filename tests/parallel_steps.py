@@ -7,6 +7,7 @@ that new processes start fast.
 from unittest import mock
 
 import torch
+from cpu_sync_bn import sync_bn_on_cpu
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -109,6 +110,53 @@ def fsdp_steps(rank: int, cases: list[Case],
         fully_shard(model, mesh=mesh)
         results.append(take_steps(model, rank, size))
     return results
+
+
+class Segmentor(nn.Module):
+    """A small UperNet with an auxiliary head, both of mmseg.
+
+    Args:
+        norm (str): Norm of the heads and of the backbone's maps.
+    """
+
+    def __init__(self, norm: str) -> None:
+        super().__init__()
+        # Of mmseg only where it is asked for: the import takes seconds.
+        from mmseg.models import FCNHead, UPerHead
+        common = dict(norm_cfg=dict(type=norm), num_classes=3, dropout_ratio=0,
+                      align_corners=False)
+        self.backbone = build('swin', norm_cfg=dict(type=norm))
+        self.decode_head = UPerHead(
+            in_channels=[8, 16, 24, 32], in_index=[0, 1, 2, 3], channels=8,
+            pool_scales=(1, 2), **common)
+        self.auxiliary_head = FCNHead(
+            in_channels=24, in_index=2, channels=8, num_convs=1, **common)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Images to the logits of both heads, (B, classes, H, W) each."""
+        maps = self.backbone(x)
+        return tuple(head(maps) for head in (self.decode_head,
+                                             self.auxiliary_head))
+
+
+def make_segmentor(norm: str, dtype: torch.dtype) -> nn.Module:
+    """The same weights in every process, and with every norm."""
+    torch.manual_seed(0)
+    model = Segmentor(norm).to(dtype)
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.05)
+    return model
+
+
+def sync_bn_steps(rank: int, cases: list[Case], segmentors: list[tuple],
+                  size: int) -> dict[str, list]:
+    """Steps with SyncBN on the CPU: of backbones, and of whole segmentors."""
+    with sync_bn_on_cpu():
+        return dict(
+            backbones=ddp_steps(rank, cases, size),
+            segmentors=[take_steps(
+                DistributedDataParallel(make_segmentor(*args)), rank, size)
+                for args in segmentors])
 
 
 def all_steps(rank: int, ddp_cases: list[Case], fsdp_cases: list[Case],
