@@ -68,6 +68,8 @@ IMAGES = torch.zeros(1, 3, 64, 64)
     (lambda: layers.FFN(4, -1), ValueError, 'hidden_dims must be at least 1'),
     (lambda: layers.TransformerBlock(ATTENTION, 4, 0), ValueError,
      'mlp_ratio=0 leaves the FFN no hidden channels'),
+    (lambda: layers.TransformerBlock(ATTENTION, 4, 2., drop_path_rate=2.),
+     ValueError, r'drop_path_rate must be in \[0, 1\), got 2.0'),
     (lambda: layers.PatchEmbed(4, 8, 0), ValueError, 'stride must be'),
     (lambda: layers.PatchEmbed(3, 8, 2)(MAP), ValueError,
      r'x must be a map \(B, 3, H, W\)'),

@@ -13,6 +13,12 @@ from .plain import is_exporting, is_plain
 PIECE_BYTES = 4 * 2**20
 
 
+def _check_drop_path(name: str, rate: float) -> None:
+    check_number(name, rate)
+    if not 0 <= rate < 1:
+        raise ValueError(f'{name} must be in [0, 1), got {rate!r}')
+
+
 class DropPath(nn.Module):
     """Stochastic depth: drop the whole branch for a random part of the images.
 
@@ -23,9 +29,7 @@ class DropPath(nn.Module):
 
     def __init__(self, rate: float = 0.) -> None:
         super().__init__()
-        check_number('rate', rate)
-        if not 0 <= rate < 1:
-            raise ValueError(f'rate of DropPath must be in [0, 1), got {rate}')
+        _check_drop_path('rate', rate)
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,7 +93,7 @@ class TransformerBlock(nn.Module):
             raise TypeError(f'attn must be a module, got {attn!r}')
         check_int('embed_dims', embed_dims, 1)
         check_number('mlp_ratio', mlp_ratio)
-        check_number('drop_path_rate', drop_path_rate)
+        _check_drop_path('drop_path_rate', drop_path_rate)
         check_number('norm_eps', norm_eps, 0)
         if int(embed_dims * mlp_ratio) < 1:
             raise ValueError(f'mlp_ratio={mlp_ratio!r} leaves the FFN no '
