@@ -131,8 +131,10 @@ def _install(env: Path) -> None:
     command = [sys.executable, '-m', 'pip', '--python', interpreter(env),
                'install', '--quiet', '--disable-pip-version-check',
                '--no-deps', *PINS]
+    # A slow index is no reason to fail: pip gives up after 15 s by default.
+    patient = {'PIP_DEFAULT_TIMEOUT': '120', **os.environ}
     done = subprocess.run(command, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True)
+                          stderr=subprocess.STDOUT, text=True, env=patient)
     if done.returncode:
         lines = [line for line in done.stdout.splitlines() if line.strip()]
         raise OriginalsError('pip could not install the original packages:\n'
