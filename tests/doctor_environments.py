@@ -76,18 +76,17 @@ class Environment:
         (self.site / 'rest.pth').write_text(f'{rest}\n')
         return self
 
-    def replace(self, path: str, content: Optional[bytes]) -> None:
-        """Give a file of this environment other content, or remove it."""
-        target = self.site / path
-        target.unlink()
-        if content is not None:
-            target.write_bytes(content)
+    def cut(self, pattern: str, keep: Optional[int] = None) -> None:
+        """Cut a file short, as a full disk or a broken download does.
 
-    def cut(self, pattern: str) -> None:
-        """Cut a file short, as a full disk or a broken download does."""
+        Args:
+            pattern (str): Of its path.
+            keep (int, optional): Bytes to keep; half of them by default.
+        """
         path, = self.site.glob(pattern)
-        self.replace(str(path.relative_to(self.site)),
-                     path.read_bytes()[:4000])
+        content = path.read_bytes()
+        path.unlink()  # a link to the tested environment
+        path.write_bytes(content[:len(content) // 2 if keep is None else keep])
 
     def run(self, command: str, activated: bool = True,
             timeout: float = 600) -> str:

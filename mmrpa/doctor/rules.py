@@ -174,9 +174,10 @@ def _mmcv(facts: Facts) -> Iterator[Finding]:
         yield Finding('mmcv-other-torch', "mmcv's ops were compiled for "
                       f'another torch than this one: {ops["error"]}',
                       BUILD_MMCV)
-    elif not (_is_numpy(ops) or 'error' in facts['probes']['mmengine']):
+    elif not (_is_numpy(ops) or any('error' in facts['probes'][name]
+                                    for name in ('numpy', 'cv2', 'mmengine'))):
         yield Finding('mmcv-broken', f"mmcv's ops do not work: {ops['error']}",
-                      BUILD_MMCV)
+                      _install_missing(ops) or BUILD_MMCV)
 
 
 def _opencv(facts: Facts) -> Iterator[Finding]:
@@ -380,6 +381,7 @@ def _safetensors(facts: Facts) -> Iterator[Finding]:
 
 
 RULES: Tuple[Callable[[Facts], Iterator[Finding]], ...] = (
-    _python, _torch, _numpy, _requirements, _torchvision, *GPU_RULES,
-    _several_owners, _mmcv, _ninja, _opencv, _setuptools, _weights_only,
+    # numpy that crashes takes torch along, and so OpenCV does with mmcv.
+    _python, _numpy, _torch, _requirements, _torchvision, *GPU_RULES,
+    _several_owners, _opencv, _mmcv, _ninja, _setuptools, _weights_only,
     _coco, _mmseg_base, _safetensors)

@@ -251,6 +251,19 @@ def test_without_pip_the_first_command_brings_it(make):
     assert found['pip-missing']['command'] == 'python -m ensurepip'
 
 
+@pytest.mark.parametrize('cause, code', [('cv2', 'opencv-broken'),
+                                         ('numpy', 'numpy-broken')])
+def test_cause_comes_before_half_an_hour_of_compiling(cause, code, make):
+    """mmcv and torch import these, and fail along with them."""
+    follows = f'import {cause}\n'
+    found = make(files={
+        f'{cause}/__init__.py': 'import os; os._exit(3)',
+        'torch/__init__.py': follows * (cause == 'numpy') + TORCH,
+        'mmcv/ops/__init__.py': follows}).findings()
+    assert next(iter(found)) == code
+    assert 'mmcv-broken' not in found
+
+
 @pytest.mark.parametrize('name', ['no pycocotools', 'no torch',
                                   'mmcv without ops'])
 def test_commands_for_an_environment_that_is_not_activated(name, make):
