@@ -26,7 +26,8 @@ from mmrpa.interfaces import choose_gloo_interface
 from mmrpa.preflight import ConfigError, MissingPathError, check_config
 
 HOSTS = ('mmdet', 'mmseg', 'mmpretrain')
-_INSTALL = "pip install 'mmrpa[onedl]'"
+# Not pip: it builds mmcv without its operators.
+_INSTALL = '`make setup` installs it, with mmcv built for torch'
 _OWN_FLAGS = ('--no-preflight', '--allow-subset')
 # The prefixes for which mmengine's CheckpointLoader has a loader.
 _REMOTE = re.compile(

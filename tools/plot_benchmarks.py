@@ -102,7 +102,9 @@ def draw(axes, panel: Panel) -> None:
         axes.plot(*zip(*points, strict=True), color=style(peer)[1],
                   marker='o', markersize=2.2,
                   linewidth=2 if is_rp(peer) and peer != 'rp-naive' else 1.2,
-                  zorder=3 if is_rp(peer) else 2)
+                  # Above a curve that it may lie on, and lets show through.
+                  linestyle='--' if peer == 'dense' else '-',
+                  zorder=4 if peer == 'dense' else 3 if is_rp(peer) else 2)
     axes.set_xscale('log')
     axes.set_yscale(panel.yscale)
     if panel.yscale == 'linear':

@@ -22,7 +22,7 @@ from mmrpa.weights import CheckpointError
 matplotlib.use('Agg')  # no screen needed
 
 from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.patches import Rectangle  # noqa: E402
+from matplotlib.patches import Patch, Rectangle  # noqa: E402
 
 # What is shown; the metrics count boxes of all scores.
 SCORE_THR = 0.7
@@ -50,24 +50,51 @@ def _save(figure, path: Path) -> None:
     plt.close(figure)
 
 
+def _legend(figure, names: Sequence[str], colors: Sequence) -> None:
+    """One line of colours below all images."""
+    patches = [Patch(facecolor=color, edgecolor='0.6', linewidth=0.4,
+                     label=name)
+               for name, color in zip(names, colors, strict=True)]
+    bottom = min(axis.get_position().y0 for axis in figure.axes)
+    figure.legend(handles=patches, loc='upper center', ncol=len(names),
+                  bbox_to_anchor=(0.5, bottom - 0.005), frameon=False,
+                  fontsize=6, handlelength=1, handleheight=1,
+                  columnspacing=0.9, handletextpad=0.4)
+
+
 def _draw_instances(axis, image: np.ndarray, boxes, masks, labels,
-                    colors: np.ndarray, names: Sequence[str],
-                    scores=None) -> None:
+                    colors: np.ndarray, scores=None) -> None:
     shown = image.astype(float) / 255
     for mask, label in zip(masks, labels, strict=True):
         shown[mask] = 0.5 * shown[mask] + 0.5 * colors[label]
     axis.imshow(shown)
+    taken: List[tuple] = []
     for i, (box, label) in enumerate(zip(boxes, labels, strict=True)):
-        x1, y1, x2, y2 = box
+        x1, y1, x2, y2 = (float(v) for v in box)
         axis.add_patch(
             Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, linewidth=1,
                       edgecolor=colors[label]))
-        text = names[label] if scores is None else (
-            f'{names[label]} {scores[i]:.2f}')
-        axis.text(
-            max(x1, 1) + 1, max(y1 - 2, 7), text, fontsize=4.5, color='white',
-            clip_on=True,
-            bbox=dict(facecolor=colors[label], pad=0.6, linewidth=0))
+        if scores is not None:
+            x, y = _free_corner(x1, y1, x2, y2, image.shape, taken)
+            axis.text(x, y, f'{scores[i]:.2f}', fontsize=4.5, color='white',
+                      ha='left', va='top',
+                      bbox=dict(facecolor=colors[label], pad=0.5,
+                                linewidth=0))
+
+
+def _free_corner(x1: float, y1: float, x2: float, y2: float,
+                 shape: Sequence[int], taken: List[tuple]) -> tuple:
+    """Where in a box its score hides no other one; adds it to ``taken``."""
+    width, height = 0.1 * shape[1], 0.055 * shape[0]  # of a score
+    right, bottom = x2 - width, y2 - height
+    corners = [(min(max(x, 1), shape[1] - 1 - width),
+                min(max(y, 1), shape[0] - 1 - height))
+               for y in (y1, bottom) for x in (x1, right)]
+    free = (c for c in corners
+            if all(abs(c[0] - x) > width or abs(c[1] - y) > height
+                   for x, y in taken))
+    taken.append(next(free, corners[0]))
+    return taken[-1]
 
 
 def draw_detections(config: str, checkpoint: str, path: Path,
@@ -96,15 +123,15 @@ def draw_detections(config: str, checkpoint: str, path: Path,
         row[0].imshow(image)
         truth = sample.gt_instances
         _draw_instances(row[1], image, truth.bboxes.tensor,
-                        truth.masks.masks.astype(bool), truth.labels, colors,
-                        names)
+                        truth.masks.masks.astype(bool), truth.labels, colors)
         found = inference_detector(model, sample.img_path).pred_instances
         found = found[found.scores > SCORE_THR].numpy()
         _draw_instances(row[2], image, found.bboxes, found.masks,
-                        found.labels, colors, names, found.scores)
+                        found.labels, colors, found.scores)
         for axis in row:
             axis.set_xlim(-0.5, image.shape[1] - 0.5)
             axis.set_ylim(image.shape[0] - 0.5, -0.5)
+    _legend(figure, names, colors)
     _save(figure, path)
 
 
@@ -143,6 +170,7 @@ def draw_segmentation(config: str, checkpoint: str, path: Path,
         row[1].imshow(shown)
         result = inference_model(model, sample.img_path)
         row[2].imshow(palette[result.pred_sem_seg.data[0].numpy()])
+    _legend(figure, [*cfg.classes, 'ignored'], [*palette, (1, 1, 1)])
     _save(figure, path)
 
 

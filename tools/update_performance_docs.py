@@ -25,6 +25,7 @@ SECTIONS = {
 DEVICES = dict(cpu='CPU', gpu='GPU')
 # Measured in addition, and not missed where it is not: with glibc as it is.
 VARIANT = dict(suffix='cpu-glibc', label='CPU, --allocator default')
+LABELS = {**DEVICES, VARIANT['suffix']: VARIANT['label']}
 # Not attentions: the lower bounds that RPAttention is held against.
 BOUNDS = ('projections', 'floor')
 MODES = dict(forward='Forward', train='Forward and backward')
@@ -88,7 +89,7 @@ def load(folder: Path) -> Dict[str, Report]:
         ValueError: A file that the page has no place for.
     """
     known = [f'{name}-{suffix}' for name in SECTIONS
-             for suffix in (*DEVICES, VARIANT['suffix'])]
+             for suffix in LABELS]
     paths = sorted(folder.glob('*.json'))
     for path in paths:
         if path.stem not in known:
@@ -169,12 +170,14 @@ def describe(report: Report) -> str:
     # Reports from before the option are with the library's default.
     allocator = f', allocator: {settings.get("allocator", "default")}'
     flush = ', L2 flushed before each call' * settings['flush_l2']
+    # None where the benchmark ran without git.
+    commit = f' Commit {report["commit"]}.' if report.get('commit') else ''
     return (f'    {report["command"]}\n\n'
             f'On {gpu}{machine["cpu"]}, {machine["cores"]} cores, '
             f'threads: {machine["threads"]}; torch {machine["torch"]}, '
             f'{settings["dtype"]}, batch {settings["batch"]}, '
             f'{settings["rounds"]} rounds of samples of at least '
-            f'{settings["min_time"]:g} s{flush}{allocator}.')
+            f'{settings["min_time"]:g} s{flush}{allocator}.{commit}')
 
 
 def show_report(name: str, report: Report, images: Path) -> List[str]:
@@ -265,6 +268,30 @@ def show_crossovers(records: Sequence[Record], rp: str) -> str:
     return f'The ratio crosses 1: {"; ".join(found) or "nowhere"}.'
 
 
+def summary(reports: Dict[str, Report]) -> str:
+    """Each backbone's time over those of others, all sizes in a cell."""
+    peers = ('own', 'mmdet', 'timm')
+    rows = []
+    for name, report in reports.items():
+        if not name.startswith('backbone'):
+            continue
+        section = next(s for s in SECTIONS if name.startswith(s))
+        title = SECTIONS[section].removeprefix('Backbone ')
+        label = LABELS[name.removeprefix(f'{section}-')]
+        for mode, what in MODES.items():
+            records = [r for r in report['records'] if r['mode'] == mode]
+            cells = [', '.join(
+                '{median:.2f}'.format(**r['ratios'][f'rp/{peer}'])
+                if f'rp/{peer}' in r['ratios'] else '-' for r in records)
+                for peer in peers]
+            if records:
+                rows.append([f'{title}, {label}', what.lower(),
+                             ', '.join(show_case(r['case']) for r in records),
+                             *cells])
+    return table(['backbone', 'mode', 'images',
+                  *(f'over {peer}' for peer in peers)], rows)
+
+
 def slower(reports: Dict[str, Report]) -> str:
     """Every case and peer that RPAttention loses to."""
     rows = []
@@ -314,6 +341,9 @@ def count_table() -> str:
 def write_page(reports: Dict[str, Report], images: Path) -> str:
     """The whole page."""
     texts = [INTRO]
+    if any(name.startswith('backbone') for name in reports):
+        texts += ['## In short', 'Time of the backbones over that of others; '
+                  'all tables and machines are below.', summary(reports)]
     for name, title in SECTIONS.items():
         for device, label in DEVICES.items():
             texts.append(f'## {title}, {label}')

@@ -254,6 +254,8 @@ def test_attention_layers_and_operators(small, tmp_path, capsys, monkeypatch):
     assert report['command'].startswith(
         'python tools/benchmark_attention.py --cases 4x5x32x4 7x8x32x5 ')
     assert report['machine']['torch'] == torch.__version__
+    # None in a checkout without git.
+    assert report['commit'] == measure.code_version()
     millions, records = report['records'][:2], report['records'][2:]
     assert [m['impl'] for m in millions] == ['auto', 'naive']
     assert all(m['tokens'] == 1000 and m['limit_bytes'] == 8 * 2**30

@@ -121,7 +121,7 @@ def test_missing_package(missing, call, capsys, write_config, monkeypatch):
                         if name == missing else real(name))
     message = fails(call, capsys, 'train', write_config(bare('mmseg')))
     assert f'{missing} is not installed' in message
-    assert "pip install 'mmrpa[onedl]'" in message
+    assert '`make setup` installs it' in message
 
 
 def test_host_without_scripts(capsys, write_config, monkeypatch, tmp_path):
@@ -135,7 +135,7 @@ def test_host_without_scripts(capsys, write_config, monkeypatch, tmp_path):
     assert caught.value.code == 1
     message = capsys.readouterr().err
     assert '.mim/tools/train.py' in message
-    assert "pip install 'mmrpa[onedl]'" in message
+    assert '`make setup` installs it' in message
 
 
 @pytest.mark.parametrize('args', [

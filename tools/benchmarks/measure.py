@@ -9,6 +9,7 @@ import platform
 import re
 import shlex
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -475,6 +476,20 @@ def machine_facts(device: str) -> Dict[str, Any]:
     return facts
 
 
+def code_version() -> Optional[str]:
+    """The commit of this checkout, ``-dirty`` if it was changed since.
+
+    None where that is not known: an archive, or a machine without git.
+    """
+    try:
+        return subprocess.run(
+            ['git', 'describe', '--always', '--dirty', '--exclude', '*'],
+            cwd=Path(__file__).parent, check=True, capture_output=True,
+            text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def make_report(tool: str, args: argparse.Namespace, argv: Sequence[str],
                 records: List[Dict[str, Any]], **settings: Any
                 ) -> Dict[str, Any]:
@@ -486,7 +501,7 @@ def make_report(tool: str, args: argparse.Namespace, argv: Sequence[str],
     }
     return dict(tool=tool,
                 command=shlex.join(['python', f'tools/{tool}.py', *argv]),
-                machine=machine_facts(args.device),
+                commit=code_version(), machine=machine_facts(args.device),
                 settings=dict(shared, **settings), records=records)
 
 
