@@ -9,7 +9,7 @@ from mmrpa import layers, ops
 from mmrpa.backbones import RPPVT, RPCSWin, RPDeiT, RPSwin
 from mmrpa.hooks import RoutingStatsHook
 from mmrpa.optim import LayerDecayOptimWrapperConstructor
-from mmrpa.transfer import calibrate, carry_twin
+from mmrpa.transfer import calibrate, carry_twin, start_student
 from mmrpa.weights import build_arch, convert, read_checkpoint
 
 X = torch.zeros(2, 12, 4)
@@ -109,6 +109,8 @@ IMAGES = torch.zeros(1, 3, 64, 64)
     (lambda: calibrate(BACKBONE, None), TypeError, 'images must be a tensor'),
     (lambda: calibrate(BACKBONE, IMAGES, entropy='x'), TypeError, 'entropy'),
     (lambda: carry_twin(None, BACKBONE), TypeError, 'teacher must be an RP'),
+    (lambda: start_student(BACKBONE, BACKBONE, IMAGES, log=BACKBONE),
+     TypeError, 'log must be a function that takes a line, got RPPVT'),
     (lambda: build_arch(None), TypeError, 'name must be a string'),
     (lambda: convert(None, BACKBONE), TypeError, 'state_dict must have'),
     (lambda: convert({}, None), TypeError, 'backbone must be an RP backbone'),

@@ -44,8 +44,10 @@ def start_student(teacher: nn.Module,
     check_tensor('images', images, 4, '(B, 3, H, W)')
     check_bool('carry', carry)
     check_int('seed', seed)
-    if not callable(log):
-        raise TypeError(f'log must be callable, got {log!r}')
+    # A module is callable, and would fail only after the work of carry.
+    if not callable(log) or isinstance(log, nn.Module):
+        raise TypeError('log must be a function that takes a line, got '
+                        f'{type(log).__name__}')
     if dwc is not None:
         check_one_of('dwc', dwc, DWC_STARTS)
     starts = _dwc_starts(teacher, student, images) if dwc is None else dwc
