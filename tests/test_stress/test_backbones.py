@@ -1,19 +1,26 @@
 """Every arch in half precision, on what strains it."""
 
 import copy
+from statistics import median
 
 import pytest
 import torch
-from stress import BOUNDS, CASES, push_keys, strain
+from stress import BOUNDS, CASES, fits, push_keys, strain
 from zoo import SMALL, build
 
 from mmrpa.backbones import RPPVT, RPCSWin, RPDeiT, RPSwin
 from mmrpa.layers import RPAttention
+from mmrpa.optim.half_operators import Float32Products
 
 long = pytest.mark.long
 DTYPES = [torch.bfloat16, torch.float16]
 ARCHS = [(cls, arch) for cls in (RPDeiT, RPPVT, RPSwin, RPCSWin)
          for arch in cls.arch_zoo]
+# Every arch meets every case and both dtypes, the tiny ones all pairs.
+RUNS = [pytest.param(cls, arch, case, dtype, id='-'.join(
+            (cls.__name__, arch, case, str(dtype)[6:])))
+        for i, case in enumerate(CASES) for j, dtype in enumerate(DTYPES)
+        for cls, arch in ARCHS if arch == 'tiny' or (i + j) % 2]
 
 
 def push_all(backbone, case):
@@ -32,58 +39,86 @@ def images(case, height, width):
     return strain(x, case).view(1, 3, height, width)
 
 
-def run(backbone, x, grads, amp=None):
+def run(backbone, x, grads=None, amp=None):
+    """Output maps, and gradients by parameter; those of ``grads`` (or random).
+    """
     backbone = copy.deepcopy(backbone)
     x = x.detach().requires_grad_()
     with torch.autocast('cpu', dtype=amp or torch.bfloat16,
                         enabled=amp is not None):
         outs = backbone(x)
+    if grads is None:
+        grads = [torch.randn(o.shape) / 64 for o in outs]
     torch.autograd.backward(outs, [g.to(o.dtype) for g, o in
                                    zip(grads, outs, strict=True)])
-    return [o.detach() for o in outs], {
+    return [o.detach() for o in outs], grads, {
         name: p.grad for name, p in backbone.named_parameters()
         if p.grad is not None}
 
 
-def check(backbone, case, dtype, mode, size):
-    """Finite outputs and gradients; outputs near float64's.
+def check(backbone, case, dtype, modes, size):
+    """Outputs and gradients near float64's.
 
     Each block rounds what it adds and what comes out, and errors add up as
-    their squares do: the bound is that of the operator times the square root
-    of the number of blocks. An image of 1e-8 is below float16's smallest
-    number after one convolution; there, finite is all that can be asked for.
+    their squares do: the bound of outputs, and of half of the gradients, is
+    that of the operator times the square root of the number of blocks.
+    No gradient may be off by four times that: those of a norm's weight and
+    bias are sums of errors over all tokens for one number a channel.
     """
     push_all(backbone, case)
     backbone.to(dtype)
     x = images(case, *size).to(dtype)
-    with torch.no_grad():
-        exact = copy.deepcopy(backbone).double()(x.double())
-    grads = [torch.randn(e.shape) / 64 for e in exact]
-    if mode == 'pure':
-        outs, found = run(backbone, x, grads)
-    else:
-        outs, found = run(backbone.float(), x.float(), grads, dtype)
-    if not (dtype == torch.float16 and case == 'tiny' and exceeds(
-            backbone, x, grads)):
-        for name, grad in found.items():
-            assert grad.isfinite().all(), name
+    outs, grads, found = run(copy.deepcopy(backbone).double(), x.double())
+    scale = fits(found, dtype)
+    found = {name: scale * g for name, g in found.items()}
+    exact = dict({f'out {i}': o for i, o in enumerate(outs)}, **found)
+    grads = [scale * g for g in grads]
     blocks = sum(len(stage.blocks) for stage in backbone.stages)
-    for i, (out, e) in enumerate(zip(outs, exact, strict=True)):
-        assert out.isfinite().all()
-        if dtype == torch.float16 and case == 'tiny':
-            continue
-        error = ((out.double() - e).norm() / e.norm()).item()
-        assert error <= BOUNDS[dtype] * blocks**0.5, (i, error)
+    for mode in modes:
+        if mode == 'pure':
+            outs, _, found = run(backbone, x, grads)
+        else:
+            outs, _, found = run(copy.deepcopy(backbone).float(), x.float(),
+                                 grads, dtype)
+        actual = dict({f'out {i}': o for i, o in enumerate(outs)}, **found)
+        if dtype == torch.float16 and case == 'tiny' and isinstance(
+                backbone, (RPSwin, RPCSWin)):
+            check_vanished(outs)
+        else:
+            compare(mode, actual, exact, dtype, BOUNDS[dtype] * blocks**0.5)
 
 
-def exceeds(backbone, x, grads):
-    """Whether float64's gradients are beyond float16.
+def compare(mode, actual, exact, dtype, bound):
+    """Errors in units of the bound; gradients' as ``stress.check`` says."""
+    assert actual.keys() == exact.keys()
+    largest = max(e.norm() for name, e in exact.items() if name[:4] != 'out ')
+    errors = {}
+    for name, e in exact.items():
+        assert actual[name].isfinite().all(), (mode, name)
+        off = (actual[name].double() - e).norm()
+        if dtype == torch.float16:
+            off = (off - 2**-24 * e.numel()**0.5).clamp(min=0)
+        norm = e.norm()
+        if name[:4] != 'out ':
+            norm = norm.clamp(min=1e-3 * largest)
+        errors[name] = (off / norm / bound).item()
+    parts = [{n: e for n, e in errors.items() if n.startswith('out ') == part}
+             for part in (True, False)]
+    assert max(parts[0].values()) <= 1, (mode, parts[0])
+    worst = max(parts[1], key=parts[1].get)
+    assert parts[1][worst] <= 4, (mode, worst, parts[1][worst])
+    assert median(parts[1].values()) <= 1, (mode, parts[1])
 
-    An image that is 0 in float16 has constant tokens, whose gradients each
-    LayerNorm multiplies by 1 / sqrt(eps): a GradScaler skips such a step.
+
+def check_vanished(outs):
+    """An image of 1e-8 is 0 in float16 after one convolution.
+
+    Nothing is added to it in these families, so zeros come out, and each
+    LayerNorm multiplies gradients by 1 / sqrt(eps), beyond float16: a
+    GradScaler skips such a step.
     """
-    _, exact = run(copy.deepcopy(backbone).double(), x.double(), grads)
-    return max(g.abs().max() for g in exact.values()) > 65504
+    for out in outs:
+        assert out.isfinite().all()
 
 
 @pytest.mark.parametrize(('dtype', 'mode'), [
@@ -93,13 +128,14 @@ def exceeds(backbone, x, grads):
 @pytest.mark.parametrize('case', CASES)
 @pytest.mark.parametrize('family', SMALL)
 def test_small(family, case, dtype, mode):
-    check(build(family), case, dtype, mode, (64, 96))
+    check(build(family), case, dtype, [mode], (64, 96))
 
 
 @long
-@pytest.mark.parametrize('mode', ['pure', 'autocast'])
-@pytest.mark.parametrize('dtype', DTYPES)
-@pytest.mark.parametrize('case', CASES)
-@pytest.mark.parametrize(('cls', 'arch'), ARCHS)
-def test_arch(cls, arch, case, dtype, mode):
-    check(cls(arch, drop_path_rate=0.), case, dtype, mode, (64, 96))
+@pytest.mark.parametrize(('cls', 'arch', 'case', 'dtype'), RUNS)
+def test_arch(cls, arch, case, dtype):
+    """Maps of 16 x 24 to 2 x 3 tokens: depth is what is strained here."""
+    # torch's own products in half would take a minute each on most CPUs.
+    with Float32Products():
+        check(cls(arch, drop_path_rate=0.), case, dtype, ['pure', 'autocast'],
+              (64, 96))
