@@ -86,8 +86,9 @@ def main() -> None:
     box(axes, 8.3, 1.55, 'self-attention of\n$M$ representatives',
         INTERACT, 2.5, 0.85)
     arrow(axes, (6.28, 1.55), (7.05, 1.55), text='$Z$', at=(6.72, 1.76))
-    box(axes, 11.03, 2.75, 'softmax$(Q K_{rep}^\\top$\n$/ \\sqrt{d}\\,)\\;V_{rep}$',
-        DISTRIBUTE, 1.8, 1.0)
+    box(axes, 11.03, 2.75,
+        'softmax$(Q K_{rep}^\\top$\n$/ \\sqrt{d}\\,)\\;V_{rep}$', DISTRIBUTE,
+        1.8, 1.0)
     arrow(axes, (6.28, 3.2), (7.4, 3.2), (9.2, 3.2), (9.2, 2.95),
           (10.13, 2.95), text='$K_{rep}$   $M\\times d$', at=(7.75, 3.42))
     arrow(axes, (9.55, 1.55), (9.88, 1.55), (9.88, 2.5), (10.13, 2.5),

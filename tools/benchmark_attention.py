@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import torch
-from benchmarks import attention, measure
+from benchmarks import attention, measure, reports
 from benchmarks.attention import Case
 
 from mmrpa.ops import IMPLS
@@ -195,15 +195,15 @@ def body(argv: Sequence[str]) -> None:
         benchmark(case, part, mode, args, timer) for part in args.parts
         for mode in measure.MODES[args.mode] for case in args.cases
     ]
-    measure.write_report(
-        measure.make_report('benchmark_attention', args, argv, records,
+    reports.write_report(
+        reports.make_report('benchmark_attention', args, argv, records,
                             impls=args.impls, sweep=args.sweep,
                             head_dims=attention.HEAD_DIMS), args.out)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the tool; returns the exit code."""
-    return measure.run_tool('benchmark_attention', body, argv)
+    return reports.run_tool('benchmark_attention', body, argv)
 
 
 if __name__ == '__main__':

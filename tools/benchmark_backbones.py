@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
 import torch
-from benchmarks import measure
+from benchmarks import measure, reports
 from benchmarks.attention import ChainedProjections
 from mmengine.config import Config
 from mmengine.registry import MODELS
@@ -265,14 +265,14 @@ def body(argv: Sequence[str]) -> None:
         benchmark(cfg, size, mode, args, timer)
         for mode in measure.MODES[args.mode] for size in args.sizes
     ]
-    measure.write_report(
-        measure.make_report('benchmark_backbones', args, argv, records,
+    reports.write_report(
+        reports.make_report('benchmark_backbones', args, argv, records,
                             config=args.config, backbone=cfg), args.out)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the tool; returns the exit code."""
-    return measure.run_tool('benchmark_backbones', body, argv)
+    return reports.run_tool('benchmark_backbones', body, argv)
 
 
 if __name__ == '__main__':

@@ -23,7 +23,8 @@ from typing import (
 
 import matplotlib
 import numpy as np
-from benchmarks.measure import crossovers, is_rp, run_tool
+from benchmarks.measure import crossovers, is_rp
+from benchmarks.reports import run_tool
 
 matplotlib.use('Agg')  # no screen needed
 

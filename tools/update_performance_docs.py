@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
 import torch
-from benchmarks.measure import ratio, run_tool
+from benchmarks.measure import ratio
+from benchmarks.reports import run_tool
 from plot_benchmarks import find_crossovers
 
 from mmrpa.ops import choose_impl, computes_layer

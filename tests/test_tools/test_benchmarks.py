@@ -18,7 +18,7 @@ from mmrpa.ops import functional
 
 sys.path.append(str(TOOLS))
 
-from benchmarks import attention, measure  # noqa: E402
+from benchmarks import attention, measure, reports  # noqa: E402
 from benchmarks.attention import (  # noqa: E402
     Case,
     ChainedProjections,
@@ -255,7 +255,7 @@ def test_attention_layers_and_operators(small, tmp_path, capsys, monkeypatch):
         'python tools/benchmark_attention.py --cases 4x5x32x4 7x8x32x5 ')
     assert report['machine']['torch'] == torch.__version__
     # None in a checkout without git.
-    assert report['commit'] == measure.code_version()
+    assert report['commit'] == reports.code_version()
     millions, records = report['records'][:2], report['records'][2:]
     assert [m['impl'] for m in millions] == ['auto', 'naive']
     assert all(m['tokens'] == 1000 and m['limit_bytes'] == 8 * 2**30
