@@ -8,7 +8,7 @@ from mmengine.runner.checkpoint import load_state_dict
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from zoo import SMALL, attentions, build
 
-from mmrpa.backbones import stage
+from mmrpa.backbones import stage as stage_module
 from mmrpa.ops import absorbed
 
 CASES = [(f, a) for f in SMALL for a in attentions(f)]
@@ -89,7 +89,7 @@ def test_checkpointing_changes_no_output_and_no_gradient(
         used.append(use_reentrant)
         return torch_checkpoint(*args, use_reentrant=use_reentrant)
 
-    monkeypatch.setattr(stage, 'checkpoint', spy)
+    monkeypatch.setattr(stage_module, 'checkpoint', spy)
     options = dict(attention=attention, drop_path_rate=0.5, drop_rate=0.1)
     plain = build(family, **options)
     recomputed = build(family, with_cp=True, **options)
