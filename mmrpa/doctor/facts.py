@@ -31,8 +31,8 @@ def gather_facts() -> dict[str, Any]:
         name), ``requires_torch`` (what torchvision was built for), ``has_ops``
         (a compiled part lies in mmcv), ``sources`` (what mmengine's own code
         says), ``has_pip``, ``interpreter`` (see :func:`_interpreter`),
-        ``requirements`` (what ``pip check`` says), ``gpus`` (names) and
-        ``probes`` (see :func:`probe_all`).
+        ``requirements`` (versions that ``pip check`` refuses), ``gpus``
+        (names) and ``probes`` (see :func:`probe_all`).
     """
     installed, owners, requires = _distributions()
     return {
@@ -148,7 +148,7 @@ def _pip_check() -> list[str]:
     if done is None:
         return []
     return [without_paths(line) for line in done.stdout.splitlines()
-            if ' which is not installed' in line or ' but you have ' in line]
+            if ' but you have ' in line]
 
 
 def _gpus() -> list[str]:

@@ -23,7 +23,7 @@ class Finding(NamedTuple):
     Attributes:
         code (str): Its name, for programs.
         text (str): What is wrong, and what it does to the user.
-        command (str): What mends it.
+        command (str): What mends it; '' of a note that no command is for.
         level (str): ``'problem'``, or ``'note'``, which is nothing wrong.
     """
 

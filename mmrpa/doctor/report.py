@@ -33,8 +33,9 @@ def format_report(facts: dict[str, Any], found: Sequence[Finding]) -> str:
     for title, group in (('problem', problems), ('note', notes)):
         for i, finding in enumerate(group, start=1):
             text = f'{title} {i} of {len(group)}, {finding.code}: '
-            lines += ['', *textwrap.wrap(text + finding.text, 79),
-                      '    ' + finding.command]
+            lines += ['', *textwrap.wrap(text + finding.text, 79)]
+            if finding.command:
+                lines.append('    ' + finding.command)
     lines.append('')
     if not problems:
         lines.append('no problems')

@@ -8,6 +8,7 @@ from typing import Any, Callable, Dict, Iterator, Tuple
 from .facts import OPENCV, WATCHED
 from .findings import NOTE, PYTHONS, SETUPTOOLS, Finding, pin
 from .rules_gpu import GPU_RULES, INSTALL
+from .rules_requirements import find_refusals
 
 Facts = Dict[str, Any]
 # The fork of each package, whose files are those of the original.
@@ -249,31 +250,6 @@ def _for_numpy_2(facts: Facts, broken: list[str]) -> str:
     return ' '.join(["pip install 'numpy<2'", *opencv])
 
 
-def _requirements(facts: Facts) -> Iterator[Finding]:
-    """What ``pip check`` says of packages that this project is about."""
-    about = {'numpy', 'torch', 'setuptools', *OPENCV}
-    refused: Dict[str, list] = {}
-    for line in facts['requirements']:
-        found = re.match(
-            r'(\S+) \S+ has requirement ([\w.-]+)(.*?), but you have \S+ '
-            r'(\S+?)\.?$', line)
-        if not found:
-            continue
-        name, needed, limits, has = found.groups()
-        if needed in about and name != 'torchvision':
-            limits = limits.split(';')[0].strip(' ()')
-            refused.setdefault(needed, []).append((name, limits, has))
-    for needed, refusals in refused.items():
-        # One command for all: what pleases the first may not please the next.
-        limits = dict.fromkeys(part.strip() for _, text, _ in refusals
-                               for part in text.split(','))
-        yield Finding(
-            f'requirement-{needed}', '; '.join(
-                f'{name} refuses {needed} {has}: it needs {needed}{text}'
-                for name, text, has in refusals),
-            f"pip install '{needed}{','.join(limits)}'")
-
-
 def _setuptools(facts: Facts) -> Iterator[Finding]:
     version = facts['distributions'].get('setuptools')
     low, high = SETUPTOOLS
@@ -382,6 +358,6 @@ def _safetensors(facts: Facts) -> Iterator[Finding]:
 
 RULES: Tuple[Callable[[Facts], Iterator[Finding]], ...] = (
     # numpy that crashes takes torch along, and so OpenCV does with mmcv.
-    _python, _numpy, _torch, _requirements, _torchvision, *GPU_RULES,
+    _python, _numpy, _torch, find_refusals, _torchvision, *GPU_RULES,
     _several_owners, _opencv, _mmcv, _ninja, _setuptools, _weights_only,
     _coco, _mmseg_base, _safetensors)

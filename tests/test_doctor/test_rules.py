@@ -12,7 +12,7 @@ from doctor_environments import ROOT
 
 from mmrpa.doctor.findings import PYTHONS, SETUPTOOLS, TESTED
 from mmrpa.doctor.probes import without_paths
-from mmrpa.doctor.report import diagnose
+from mmrpa.doctor.report import diagnose, format_report
 from mmrpa.doctor.rules import matching_torchvision
 from mmrpa.doctor.rules_gpu import runs_on
 
@@ -74,8 +74,7 @@ def _codes(**changes):
     (dict(requirements=['opencv-python-headless 4.12.0.88 has requirement '
                         'numpy<2.3.0,>=2; python_version >= "3.9", but you '
                         'have numpy 2.4.0.']), ['requirement-numpy']),
-    (dict(requirements=['a 1 requires opencv-python, which is not installed.',
-                        'rich 1 has requirement pygments<3, but you have '
+    (dict(requirements=['rich 1 has requirement pygments<3, but you have '
                         'pygments 4.']), []),
 ])
 def test_rules(changes, codes):
@@ -94,25 +93,56 @@ def test_binaries_run_on(archs, capability, runs):
     assert runs_on(archs, capability) is runs
 
 
-def test_requirement_gives_the_range_to_install():
+def _refusing(*lines):
     facts = copy.deepcopy(FACTS)
-    facts['requirements'] = ['cv 4 has requirement numpy<2.3.0,>=2; '
-                             'python_version >= "3.9", but you have numpy 2.4.'
-                             ]
-    finding, = diagnose(facts)
+    facts['requirements'] = list(lines)
+    return diagnose(facts)
+
+
+def test_requirement_gives_the_range_to_install():
+    finding, = _refusing(
+        'opencv-python 4 has requirement numpy<2.3.0,>=2; python_version >= '
+        '"3.9", but you have numpy 2.4.')
     assert finding.command == "pip install 'numpy<2.3.0,>=2'"
-    assert finding.text == 'cv refuses numpy 2.4: it needs numpy<2.3.0,>=2'
+    assert finding.text == ('opencv-python refuses numpy 2.4: it needs '
+                            'numpy<2.3.0,>=2')
 
 
 def test_all_that_refuse_a_version_are_pleased_at_once():
-    facts = copy.deepcopy(FACTS)
-    facts['requirements'] = [
-        'a 4 has requirement numpy<2.3.0,>=2, but you have numpy 2.4.0.',
-        'b 1 has requirement numpy<2.2, but you have numpy 2.4.0.',
-        'c 1 has requirement numpy>=2, but you have numpy 2.4.0.']
-    finding, = diagnose(facts)
+    finding, = _refusing(
+        'mmcv 4 has requirement numpy<2.3.0,>=2, but you have numpy 2.4.0.',
+        'onedl_mmcv 1 has requirement numpy<2.2, but you have numpy 2.4.0.',
+        'mmdet 1 has requirement numpy>=2, but you have numpy 2.4.0.')
     assert finding.command == "pip install 'numpy<2.3.0,>=2,<2.2'"
-    assert 'b refuses numpy 2.4.0: it needs numpy<2.2; c' in finding.text
+    assert 'onedl_mmcv refuses numpy 2.4.0: it needs numpy<2.2; m' in (
+        finding.text)
+
+
+def test_what_mmrpa_works_without_may_refuse_anything():
+    """Its wish would break what works: OpenCV refuses this numpy."""
+    found = _refusing(
+        'torchaudio 2.10.0 has requirement torch==2.10.0, but you have torch '
+        '2.11.0.',
+        'xformers 0.0.29 has requirement torch==2.6.0, but you have torch '
+        '2.11.0.',
+        'tensorflow 2.15.0 has requirement numpy<2.0.0,>=1.23.5, but you have '
+        'numpy 2.2.6.')
+    assert [f.code for f in found] == ['refused-torch', 'refused-numpy']
+    assert {(f.level, f.command) for f in found} == {('note', '')}
+    facts = copy.deepcopy(FACTS)
+    assert '\n\nno problems' in format_report(facts, found)
+    assert 'xformers refuses torch 2.11.0: it needs torch==2.6.0' in (
+        found[0].text)
+
+
+def test_two_versions_are_not_asked_for_at_once():
+    finding, = _refusing(
+        'onedl-mmdetection 3 has requirement torch==2.10.0, but you have '
+        'torch 2.12.0.',
+        'mmdet 3 has requirement torch==2.6.0, but you have torch 2.12.0.')
+    assert finding.command == (
+        f"pip install --no-deps torch=={TESTED['torch']} "
+        f"onedl-mmdetection=={TESTED['onedl-mmdetection']}")
 
 
 @pytest.mark.parametrize('torch, torchvision', [
@@ -154,8 +184,8 @@ def test_page_names_all_findings():
     page = (ROOT / 'docs/environment.md').read_text()
     rows = re.findall(r'^\| (`.*?) \|', page, re.M)
     named = {name for row in rows for name in re.findall(r'`([\w-]+)`', row)}
-    source = ''.join((ROOT / 'mmrpa/doctor' / name).read_text()
-                     for name in ('rules.py', 'rules_gpu.py'))
+    source = ''.join(path.read_text() for path in (
+        ROOT / 'mmrpa/doctor').glob('rules*.py'))
     # A code is the first argument of a Finding.
     codes = set(re.findall(r"Finding\(\s*f?'([\w{}-]+)'", source))
     assert len(codes) > 25
