@@ -23,8 +23,13 @@ import torch
 cuda = torch.version.cuda
 found = {'version': torch.__version__, 'cuda': cuda,
          'available': torch.cuda.is_available(),
-         'archs': torch.cuda.get_arch_list() if cuda else [],
-         'capabilities': [list(torch.cuda.get_device_capability(i))
+         'archs': torch.cuda.get_arch_list() if cuda else []}
+""",
+    # On its own: a GPU that is busy or broken raises, and torch is not to
+    # blame.
+    'torch.cuda': """
+import torch
+found = {'capabilities': [list(torch.cuda.get_device_capability(i))
                           for i in range(torch.cuda.device_count())]}
 """,
     'torch and numpy': """
@@ -173,8 +178,17 @@ def _clean(result: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+# Where a folder begins: not within a word, an address or another path.
+_ROOT = r'(?<![\w./:\\-])(?:file://)?(?:[A-Za-z]:[/\\]|(?:~\w*|\.{1,2})?/)'
+# Names may have spaces in them, but a space and a slash begin the next path.
+_PACKAGES = re.compile(_ROOT + r'(?:[\w./\\~+@-]| (?![/~]))*?'
+                       r'(?<=[/\\])(site|dist)-packages')
+_FOLDERS = re.compile(_ROOT + r'(?:[\w.+@-]+[/\\])+([\w.+@-]+)')
+# No more of an error is read; a hostile one would take long.
+_LONGEST = 4000
+
+
 def without_paths(text: str) -> str:
     """Text without the folders of whoever runs it: it is to be pasted."""
-    text = re.sub(r'(?:[A-Za-z]:)?[\w./\\~+ -]*?[/\\](site|dist)-packages',
-                  r'\1-packages', text)
-    return re.sub(r'(?<![\w./:-])/(?:[\w.+-]+/)+([\w.+-]+)', r'\1', text)
+    text = _PACKAGES.sub(r'\1-packages', text[:_LONGEST])
+    return _FOLDERS.sub(r'\1', text)

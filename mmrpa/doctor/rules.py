@@ -7,7 +7,7 @@ from typing import Any, Callable, Dict, Iterator, Tuple
 
 from .facts import OPENCV, WATCHED
 from .findings import NOTE, PYTHONS, SETUPTOOLS, Finding, pin
-from .rules_gpu import GPU_RULES, INSTALL
+from .rules_gpu import GPU_RULES, INSTALL, build_in_words
 from .rules_requirements import find_refusals
 
 Facts = Dict[str, Any]
@@ -85,7 +85,7 @@ def _torch(facts: Facts) -> Iterator[Finding]:
         yield Finding('torch-missing', 'torch is not installed', install)
     else:
         yield Finding('torch-broken', 'torch cannot be imported: ' +
-                      result['error'], INSTALL)
+                      result['error'] + build_in_words(facts), INSTALL)
 
 
 def _torchvision(facts: Facts) -> Iterator[Finding]:
@@ -98,7 +98,8 @@ def _torchvision(facts: Facts) -> Iterator[Finding]:
     command = f"pip install --no-deps --force-reinstall '{fitting}'"
     if result.get('missing') == 'torchvision':
         yield Finding('torchvision-missing', 'torchvision is not installed, '
-                      'which mmdet and mmpretrain need', command)
+                      'which mmdet and mmpretrain need' +
+                      build_in_words(facts), command)
         return
     wanted = facts['requires_torch']
     # Patch releases go together, and builds from source have odd versions.
@@ -108,10 +109,14 @@ def _torchvision(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             'torchvision-mismatch',
             f"torchvision {facts['distributions'].get('torchvision')} was "
-            f'built for torch {wanted}, but torch is {has}{said}', command)
+            f'built for torch {wanted}, but torch is {has}{said}' +
+            build_in_words(facts), command)
     elif 'error' in result and not _is_numpy(result):
+        lacking = _install_missing(result)
         yield Finding('torchvision-broken', 'torchvision does not work: ' +
-                      result['error'], _install_missing(result) or command)
+                      result['error'] +
+                      ('' if lacking else build_in_words(facts)),
+                      lacking or command)
 
 
 def _install_missing(result: dict[str, Any]) -> str | None:
@@ -346,7 +351,7 @@ def _unsafe_torch(facts: Facts) -> Iterator[Finding]:
         f'for it can run code although weights_only is set '
         f'({", ".join(holes)}). Until torch is {HOLES[-1][0][0]}.'
         f'{HOLES[-1][0][1]} or later, load only .safetensors, or .pth files '
-        'that you trust', INSTALL + rebuild)
+        'that you trust' + build_in_words(facts), INSTALL + rebuild)
 
 
 def _safetensors(facts: Facts) -> Iterator[Finding]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, Iterator
 
-from .findings import Finding, pin
+from .findings import TESTED, Finding, pin
 
 # Both again, then what they lack: reinstalling their dependencies, too, would
 # bring the newest numpy, which others refuse.
@@ -17,6 +17,18 @@ BUILD_MMCV_CUDA = (
     "CFLAGS='-g0 -O2' FORCE_CUDA=1 pip install --force-reinstall --no-deps "
     '--no-build-isolation --no-cache-dir --no-binary=onedl-mmcv '
     f"{pin('onedl-mmcv')}")
+
+
+def build_in_words(facts: dict[str, Any]) -> str:
+    """What a command cannot say: which index has builds like this torch.
+
+    Only what pip knows tells them apart: the default build, too, says +cu130
+    of itself.
+    """
+    local = facts['distributions'].get('torch', '').partition('+')[2]
+    return local and (
+        f'. This torch is the build {local}, which the default index does not '
+        'have: add the --index-url that it was installed with')
 
 
 def _device(facts: dict[str, Any]) -> Iterator[Finding]:
@@ -38,14 +50,39 @@ def _device(facts: dict[str, Any]) -> Iterator[Finding]:
 
 def _architecture(facts: dict[str, Any]) -> Iterator[Finding]:
     torch = facts['probes']['torch'].get('found')
-    for capability in (torch or {}).get('capabilities', ()):
+    device = facts['probes']['torch.cuda']
+    if torch is None or not torch['available']:
+        return
+    if 'error' in device:
+        yield Finding('cuda-unusable', f"torch {torch['version']} cannot use "
+                      f"this machine's GPU: {device['error']}",
+                      'nvidia-smi  # shows which processes use it')
+        return
+    for capability in device['found']['capabilities']:
         if not runs_on(torch['archs'], capability):
             name = 'sm_{}{}'.format(*capability)
-            yield Finding('cuda-arch', f"torch {torch['version']} (CUDA "
-                          f"{torch['cuda']}) has no kernels for this GPU, "
-                          f'{name}, only for {" ".join(torch["archs"])}',
-                          INSTALL)
+            text = (f"torch {torch['version']} (CUDA {torch['cuda']}) has no "
+                    f'kernels for this GPU, {name}, only for '
+                    f'{" ".join(torch["archs"])}')
+            yield _other_build(facts, capability, torch, text)
             return
+
+
+def _other_build(facts: dict[str, Any], capability: list[int],
+                 torch: dict[str, Any], text: str) -> Finding:
+    known = [(int(major), int(minor)) for major, minor in re.findall(
+        r'(?:sm|compute)_(\d+)(\d)', ' '.join(torch['archs']))]
+    if known and tuple(capability) < min(known):
+        # Newer ones, as the tested one, have left it behind as well.
+        kind = 'an older CUDA than that'
+    elif facts['distributions'].get('torch') == TESTED['torch']:
+        kind = 'another CUDA than that'
+    else:
+        return Finding('cuda-arch', text, INSTALL)
+    return Finding(
+        'cuda-arch', f'{text}. It needs a build of torch and torchvision for '
+        f'{kind}: "Get Started" on the pages of PyTorch has their commands, '
+        'and the one below shows what the driver is for', 'nvidia-smi')
 
 
 def runs_on(archs: list[str], capability: list[int]) -> bool:

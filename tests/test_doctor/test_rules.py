@@ -37,22 +37,29 @@ FACTS = {
         'pycocotools', 'mmdet', 'mmseg', 'mmpretrain')} | {
             'torch': {'found': {
                 'version': '2.11.0+cu130', 'cuda': '13.0', 'available': True,
-                'archs': ARCHS, 'capabilities': [[9, 0]]}},
+                'archs': ARCHS}},
+            'torch.cuda': {'found': {'capabilities': [[9, 0]]}},
             'mmcv.ops': {'found': {'cuda': '13.0'}}},
 }
 
 
-def _codes(**changes):
+def _diagnose(**changes):
     facts = copy.deepcopy(FACTS)
     torch = facts['probes']['torch']['found']
     for key, value in changes.items():
         if key in torch:
             torch[key] = value
+        elif key == 'capabilities':
+            facts['probes']['torch.cuda']['found'][key] = value
         elif key == 'ops_cuda':
             facts['probes']['mmcv.ops']['found']['cuda'] = value
         else:
             facts[key] = value
-    return [finding.code for finding in diagnose(facts)]
+    return diagnose(facts)
+
+
+def _codes(**changes):
+    return [finding.code for finding in _diagnose(**changes)]
 
 
 @pytest.mark.parametrize('changes, codes', [
@@ -91,6 +98,51 @@ def test_rules(changes, codes):
 ])
 def test_binaries_run_on(archs, capability, runs):
     assert runs_on(archs, capability) is runs
+
+
+@pytest.mark.parametrize('capability, torch, command, words', [
+    # Pascal and Volta: all newer builds have left them.
+    ([6, 1], '2.11.0', 'nvidia-smi', 'torchvision for an older CUDA than'),
+    ([7, 0], '2.10.0', 'nvidia-smi', 'torchvision for an older CUDA than'),
+    ([8, 0], '2.11.0', 'nvidia-smi', 'torchvision for another CUDA than'),
+    ([8, 0], '2.10.0', 'pip install --force-reinstall --no-deps torch==',
+     'sm_80, only for sm_75 sm_90'),
+])
+def test_command_for_a_gpu_is_not_to_install_what_is_there(
+        capability, torch, command, words):
+    finding, = _diagnose(
+        capabilities=[capability], archs=['sm_75', 'sm_90'],
+        distributions={**FACTS['distributions'], 'torch': torch})
+    assert finding.code == 'cuda-arch'
+    assert finding.command.startswith(command)
+    assert words in finding.text
+
+
+def test_busy_gpu_is_not_the_fault_of_torch():
+    facts = copy.deepcopy(FACTS)
+    facts['probes']['torch.cuda'] = {
+        'error': 'AcceleratorError: all CUDA-capable devices are busy or '
+        'unavailable', 'missing': None}
+    finding, = diagnose(facts)
+    assert finding.code == 'cuda-unusable'
+    assert "this machine's GPU: AcceleratorError: all CUDA" in finding.text
+    assert finding.command.startswith('nvidia-smi')
+    facts['probes']['torch']['found']['available'] = False
+    finding, = diagnose(facts)  # once, by what hides it
+    assert 'cannot use it: the driver is older' in finding.text
+
+
+@pytest.mark.parametrize('build', ['+cu118', '+cpu', ''])
+def test_build_of_torch_is_said_where_the_default_index_lacks_it(build):
+    found = _diagnose(
+        version='2.9.1' + (build or '+cu130'),
+        distributions={**FACTS['distributions'], 'torch': '2.9.1' + build})
+    assert [f.code for f in found] == ['torchvision-mismatch',
+                                       'torch-unsafe-load']
+    for finding in found:
+        assert ('add the --index-url that' in finding.text) == bool(build)
+        assert f'This torch is the build {build[1:]},' in (
+            finding.text) or not build
 
 
 def _refusing(*lines):
@@ -154,11 +206,28 @@ def test_torchvision_of_a_torch(torch, torchvision):
 @pytest.mark.parametrize('text, shown', [
     ('/home/a b/.venv/lib/python3.11/site-packages/mmcv/_ext.so: undefined',
      'site-packages/mmcv/_ext.so: undefined'),
+    ('~/.venv/lib/python3.11/site-packages/mmcv/_ext.so: undefined',
+     'site-packages/mmcv/_ext.so: undefined'),
+    (r'C:\Users\a b\env\Lib\site-packages\mmcv\_ext.pyd: undefined',
+     r'site-packages\mmcv\_ext.pyd: undefined'),
+    (r'DLL load failed: C:\Users\alice\y.dll', 'DLL load failed: y.dll'),
+    ('file:///home/a/site-packages/x.so', 'site-packages/x.so'),
     ('(/opt/x/y.so: bad)', '(y.so: bad)'),
+    ('(~/opt/x/y.so: bad)', '(y.so: bad)'),
+    ("/a/b.so needs '/home/a/lib/site-packages/c.so'",
+     "b.so needs 'site-packages/c.so'"),
     ('https://example.org/a/b', 'https://example.org/a/b'),
     ('and/or 1/2', 'and/or 1/2')])
 def test_folders_are_taken_out(text, shown):
     assert without_paths(text) == shown
+    # As the probes say it.
+    assert without_paths('ImportError: ' + text) == 'ImportError: ' + shown
+
+
+@pytest.mark.parametrize('text', ['word ', '/a ', '/a/', 'x/', ' /site-'])
+def test_long_errors_are_cut_before_they_are_read(text):
+    """Patterns look at pairs of places: of millions, for days."""
+    assert len(without_paths(text * 10 ** 6)) <= 4000
 
 
 def test_tested_set_is_that_of_the_project():
