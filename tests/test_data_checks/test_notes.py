@@ -4,6 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
+from mmdet.datasets import CocoDataset
 from PIL import Image
 
 from mmrpa.data_checks import check_data
@@ -153,6 +154,38 @@ def dataset_of_a_base_in_mmdet(data):
     data.train['_scope_'] = 'mmdet'
 
 
+def load_no_masks(data):
+    data.train.pipeline[1].with_mask = False
+
+
+def odd_masks_that_nobody_loads(data):
+    load_no_masks(data)
+    masks = [[[1, 2, 3, 4]], [[1, 2, 3, 4, 5, 6, 7]], 'x', [],
+             dict(size=[40, 40], counts='~')]
+    for entry, mask in zip(data.coco['annotations'], masks, strict=False):
+        entry['segmentation'] = mask
+
+
+def odd_annotations_to_be_ignored(data):
+    data.coco['annotations'].append(
+        dict(first_annotation(data), id=999, ignore=1, bbox=[20, 20, 90, 90],
+             area=0, segmentation=[[1, 2, 3, 4]]))
+
+
+def odd_annotations_of_a_class_left_out(data):
+    entry = first_annotation(data)
+    name = next(c['name'] for c in data.coco['categories']
+                if c['id'] == entry['category_id'])
+    data.train.metainfo.classes = tuple(
+        c for c in data.train.metainfo.classes if c != name)
+    for head in data.cfg.model.roi_head.values():
+        if 'num_classes' in head:
+            head.num_classes = 4
+    entry.update(bbox=[20, 20, 90, 90], segmentation=[])
+    data.train_only()
+    data.cfg.pop('val_evaluator')
+
+
 def maps_with_a_palette(data):
     for path in data.files('annotations/*/*.png'):
         image = Image.open(path).convert('P')
@@ -185,6 +218,9 @@ def suffix_in_capitals(data):
     ('mmdet', box_over_the_edge_by_rounding),
     ('mmdet', uncompressed_crowd_beside_objects),
     ('mmdet', dataset_of_a_base_in_mmdet),
+    ('mmdet', odd_masks_that_nobody_loads),
+    ('mmdet', odd_annotations_to_be_ignored),
+    ('mmdet', odd_annotations_of_a_class_left_out),
     ('mmseg', maps_with_a_palette),
     ('mmseg', unlabelled_set),
     ('mmpretrain', names_that_are_not_the_folders),
@@ -194,7 +230,7 @@ def test_odd_but_right(host, change, make):
     data = make(host)
     change(data)
     data.save()
-    report = check_data(data.cfg)
+    report = check_data(data.cfg, allow_subset=True)
     assert list(report.findings.lines()) == []
 
 
@@ -209,3 +245,23 @@ def test_classes_of_ade20k_chosen(make):
     data.train.metainfo.classes = ('wall', 'heaven')
     group, = check_data(data.cfg).findings.problems
     assert group.code == 'dataset-arguments'
+
+
+def test_a_test_without_labels(make):
+    """As COCO's image_info_test-dev2017.json; mmdet loads it."""
+    data = make('mmdet')
+    del data.coco['annotations']
+    data.save()
+    test = data.cfg.test_dataloader.dataset
+    test.update(ann_file=data.train.ann_file,
+                data_prefix=data.train.data_prefix)
+    data.cfg.pop('test_evaluator')
+    arguments = dict(test, pipeline=[])
+    assert arguments.pop('type') == 'CocoDataset'
+    assert len(CocoDataset(**arguments)) == 12
+    report = check_data(data.cfg, ('test', ))
+    assert report.findings.problems == []
+    (code, _, text), = report.findings.notes
+    assert code == 'no-annotations' and text.startswith('12 of 12 images')
+    assert {group.code for group in check_data(
+        data.cfg, ('train', )).findings.problems} == {'annotation-file'}

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 from pycocotools import mask as pycoco
 
-from mmrpa.data_checks import check_data
+from mmrpa.data_checks import check_data, coco
+from mmrpa.data_checks.context import Context
 from mmrpa.data_checks.findings import PROBLEMS, Findings
 from mmrpa.data_checks.images import read_all, read_image, read_labels, spread
 from mmrpa.data_checks.rle import RLEError, check_rle, read_runs
@@ -141,6 +142,17 @@ def mutate(node, rng: random.Random):
     return node
 
 
+# What a value that is replaced or taken away in a COCO file can give.
+OF_COCO_FILES = {
+    'annotation-file', 'image-entry', 'annotation-entry', 'categories',
+    'class-names', 'missing-image', 'unreadable-file', 'not-an-image',
+    'no-images', 'duplicate-image-id', 'duplicate-annotation-id',
+    'duplicate-category', 'unknown-image', 'unknown-category', 'image-size',
+    'not-finite', 'box-empty', 'box-outside', 'area-empty', 'polygon-short',
+    'polygon-odd', 'rle-malformed', 'mask-missing'
+}
+
+
 @pytest.mark.parametrize('block', range(4))
 def test_no_json_crashes_it(block, make):
     data = make('mmdet')
@@ -161,7 +173,19 @@ def test_no_json_crashes_it(block, make):
         json.dumps(report.record(), allow_nan=False)
         '\n'.join(report.findings.lines()).encode()
         found |= {group.code for group in report.findings.problems}
-    assert len(found) >= 4 and found <= set(PROBLEMS)
+    assert len(found) >= 4 and found <= OF_COCO_FILES
+
+
+def test_annotations_are_let_go_before_images_are_read(make, monkeypatch):
+    loaded, left = [], []
+    load, read = coco._load, Context.read
+    monkeypatch.setattr(coco, '_load', lambda *args: (
+        loaded.append(load(*args)), loaded[-1])[1])
+    monkeypatch.setattr(Context, 'read', lambda *args: (
+        left.append(dict(loaded[-1])), read(*args))[1])
+    report = check_data(make('mmdet').cfg, ('train', ))
+    assert report.findings.problems == [] and left == [{}]
+    assert report.histograms['train_dataloader.dataset'].total == 12
 
 
 @pytest.mark.parametrize('name', ['a.jpg', 'a.png', 'a.gif', 'a.bmp',
