@@ -1,6 +1,7 @@
 """Findings in environments of crafted files, and a healthy one."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -83,7 +84,10 @@ def make(tmp_path):
 
 def test_tested_environment_has_no_problems():
     """The one that runs this test, with all real imports."""
+    # Activated: commands would name its Python otherwise.
+    path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
     done = subprocess.run([sys.executable, '-m', 'mmrpa.doctor'], cwd=ROOT,
+                          env={**os.environ, 'PATH': path},
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith('\nno problems\n')
