@@ -70,15 +70,20 @@ def _walk_folders(context: Context,
     most = None
     if context.options.quick and context.options.max_images is not None:
         # The quick check does not walk a million files.
-        most = 1 + context.options.max_images // max(1, len(folders))
+        most = max(1, context.options.max_images // max(1, len(folders)))
+    cut = False
     for label, name in enumerate(folders):
         folder = osp.join(context.dataset.img_prefix, name)
         number = 0
         for path in islice(_walk(context, folder), most):
             number += 1
             yield _Sample(path, label)
+        cut |= number == most
         if number == 0:
             context.add('empty-class-folder', folder)
+    if cut:
+        context.note('sampled', f'of each folder, the first {most} images '
+                     'were listed')
 
 
 def _walk(context: Context, folder: str) -> Iterator[str]:

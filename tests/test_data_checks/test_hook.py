@@ -84,6 +84,14 @@ def test_a_few_images_are_read(make, tmp_path, monkeypatch):
     assert len([name for name in opened if 'train2017' in name]) == 3
 
 
+def test_folders_are_listed_in_part(make, tmp_path):
+    """And how many images there are is not known, so it is not told."""
+    train(make('mmpretrain'), tmp_path, 'listed', max_images=7)
+    log = next((tmp_path / 'work').rglob('*.log')).read_text()
+    assert 'sampled: of each folder, the first 1 images were listed' in log
+    assert 'images were read' not in log
+
+
 def test_large_annotation_file_is_left_out(make, tmp_path, monkeypatch):
     from mmrpa.data_checks import coco
     monkeypatch.setattr(coco, '_QUICK_SIZE', 100)
