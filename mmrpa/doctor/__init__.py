@@ -6,12 +6,17 @@ was found there and in their metadata is a dict of facts (:mod:`.facts`), and
 rules turn facts into findings (:mod:`.rules`, :mod:`.rules_gpu`).
 """
 
+import os
 import sys
 
 if sys.version_info < (3, 8):  # the rest of this package does not parse there
     sys.exit('problem 1 of 1, python: Python {}.{} is not supported, 3.10 to '
-             '3.12 is: the hosts have no releases for others\n'
-             '    make setup PYTHON=python3.11'.format(*sys.version_info))
+             '3.12 is: the hosts have no releases for others\n    {}'.format(
+                 *sys.version_info[:2],
+                 'make setup PYTHON=python3.11' if os.path.isfile(
+                     os.path.join(os.path.dirname(__file__),
+                                  '../../tools/setup_env.py')) else
+                 'python3.11 -m venv mmrpa-venv'))
 
 from .facts import gather_facts  # noqa: E402
 from .findings import Finding  # noqa: E402

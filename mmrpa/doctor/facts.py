@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import platform
 import re
@@ -16,8 +17,13 @@ from typing import Any
 
 from .probes import probe_all, without_paths
 
-# Import names, and the distributions that have files there under any name.
-WATCHED = ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'cv2')
+# By import name the distributions that have it; the fork is the last.
+NAMES = dict(mmengine=('mmengine', 'mmengine-lite', 'onedl-mmengine'),
+             mmcv=('mmcv', 'mmcv-full', 'mmcv-lite', 'onedl-mmcv'),
+             mmdet=('mmdet', 'onedl-mmdetection'),
+             mmseg=('mmsegmentation', 'onedl-mmsegmentation'),
+             mmpretrain=('mmpretrain', 'onedl-mmpretrain'))
+WATCHED = (*NAMES, 'cv2')
 OPENCV = ('opencv-python', 'opencv-python-headless', 'opencv-contrib-python',
           'opencv-contrib-python-headless')
 
@@ -26,10 +32,11 @@ def gather_facts() -> dict[str, Any]:
     """Look at the interpreter, the distributions, the GPU and the imports.
 
     Returns:
-        dict: ``python`` (list[int]), ``platform``, ``distributions`` (version
-        by normalised name), ``owners`` (names of the distributions by import
-        name), ``requires_torch`` (what torchvision was built for), ``has_ops``
-        (a compiled part lies in mmcv), ``sources`` (what mmengine's own code
+        dict: ``python`` (list[int]), ``checkout`` (mmrpa's own folder is
+        around this), ``platform``, ``distributions`` (version by normalised
+        name), ``owners`` (names of the distributions by import name),
+        ``requires_torch`` (what torchvision was built for), ``has_ops`` (a
+        compiled part lies in mmcv), ``sources`` (what mmengine's own code
         says), ``has_pip``, ``interpreter`` (see :func:`_interpreter`),
         ``requirements`` (versions that ``pip check`` refuses), ``gpus``
         (names) and ``probes`` (see :func:`probe_all`).
@@ -37,6 +44,8 @@ def gather_facts() -> dict[str, Any]:
     installed, owners, requires = _distributions()
     return {
         'python': list(sys.version_info[:3]),
+        'checkout': Path(__file__).parents[2].joinpath(
+            'tools/setup_env.py').is_file(),
         'platform': platform.platform(),
         'distributions': installed,
         'owners': owners,
@@ -75,10 +84,26 @@ def _distributions() -> tuple[dict, dict, str | None]:
 
 def _packages(dist: metadata.Distribution) -> list[str]:
     """Which of the watched packages a distribution has installed."""
-    record = dist.read_text('RECORD') or ''
-    tops = {line.split('/', 1)[0] for line in record.splitlines()
+    record = dist.read_text('RECORD')
+    tops = {line.split('/', 1)[0] for line in (record or '').splitlines()
             if '/' in line}
-    return [name for name in WATCHED if name in tops]
+    owned = [name for name in WATCHED if name in tops]
+    if owned or (record is not None and not _is_editable(dist)):
+        return owned
+    # Installed in place (``pip install -e``, ``setup.py develop``), the files
+    # are not recorded. OpenCV never is; conda has its metadata only.
+    tops = set((dist.read_text('top_level.txt') or '').split())
+    name = normalise(dist.metadata['Name'])
+    known = {package for package, names in NAMES.items() if name in names}
+    return [name for name in NAMES if name in tops | known]
+
+
+def _is_editable(dist: metadata.Distribution) -> bool:
+    try:
+        url = json.loads(dist.read_text('direct_url.json') or '{}')
+    except ValueError:
+        return False
+    return bool(url.get('dir_info', {}).get('editable'))
 
 
 def _pinned_torch(requires: list[str]) -> str | None:
@@ -96,7 +121,12 @@ def _package_folder(name: str) -> Path | None:
         folder = Path(entry or '.', name)
         if (folder / '__init__.py').is_file():
             return folder
-    return None
+    # Editable installs may have a finder of their own.
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return None
+    return Path(spec.origin).parent if spec and spec.origin else None
 
 
 def _has_ops() -> bool | None:

@@ -5,22 +5,21 @@ from __future__ import annotations
 import re
 from typing import Any, Callable, Dict, Iterator, Tuple
 
-from .facts import OPENCV, WATCHED
-from .findings import NOTE, PYTHONS, SETUPTOOLS, Finding, pin
+from .facts import NAMES, OPENCV, WATCHED
+from .findings import NOTE, PROBLEM, PYTHONS, SETUPTOOLS, Finding, pin
 from .rules_gpu import GPU_RULES, INSTALL, build_in_words
 from .rules_requirements import find_refusals
 
 Facts = Dict[str, Any]
 # The fork of each package, whose files are those of the original.
-FORKS = dict(mmengine='onedl-mmengine', mmcv='onedl-mmcv',
-             mmdet='onedl-mmdetection', mmseg='onedl-mmsegmentation',
-             mmpretrain='onedl-mmpretrain')
+FORKS = {package: names[-1] for package, names in NAMES.items()}
 # Debug information would double the time and the memory of the compilation.
 BUILD_MMCV = ('pip uninstall -y mmcv mmcv-lite mmcv-full onedl-mmcv && pip '
               "install 'setuptools>=77,<82' wheel ninja && MMCV_WITH_OPS=1 "
               "CFLAGS='-g0 -O2' "
               'pip install --no-deps --no-build-isolation --no-cache-dir '
               f"--no-binary=onedl-mmcv {pin('onedl-mmcv')}")
+HOSTS = ('mmdet', 'mmseg', 'mmpretrain')
 _OLD_NUMPY = ('compiled using NumPy 1.x', '_ARRAY_API not found',
               'Numpy is not available', 'numpy.core.multiarray failed',
               'numpy.dtype size changed', 'module compiled against ')
@@ -66,6 +65,16 @@ def _for_interpreter(python: str | None, finding: Finding) -> Finding:
         r'(?<![\w./-])python (?=-[cm] )', lambda _: f'{python} ', command))
 
 
+def _is_there(facts: Facts, package: str) -> bool:
+    """Whether a package can be found, be it broken, under any name."""
+    return facts['probes'][package].get('missing') != package
+
+
+def _uses_hosts(facts: Facts) -> bool:
+    """What torch alone does without matters then; so is mmrpa.layers used."""
+    return any(_is_there(facts, name) for name in ('mmengine', *HOSTS))
+
+
 def _python(facts: Facts) -> Iterator[Finding]:
     version = tuple(facts['python'][:2])
     if not PYTHONS[0] <= version <= PYTHONS[1]:
@@ -73,7 +82,8 @@ def _python(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             'python', f'Python {version[0]}.{version[1]} is not supported, '
             f'{low} to {high} is: the hosts have no releases for others',
-            'make setup PYTHON=python3.11')
+            'make setup PYTHON=python3.11' if facts['checkout'] else
+            'python3.11 -m venv mmrpa-venv')
 
 
 def _torch(facts: Facts) -> Iterator[Finding]:
@@ -91,7 +101,8 @@ def _torch(facts: Facts) -> Iterator[Finding]:
 def _torchvision(facts: Facts) -> Iterator[Finding]:
     torch, result = (facts['probes'][name] for name in ('torch',
                                                         'torchvision'))
-    if 'found' not in torch:
+    if 'found' not in torch or not (_uses_hosts(facts) or _is_there(
+            facts, 'torchvision')):
         return
     has = torch['found']['version']
     fitting = matching_torchvision(has)
@@ -119,11 +130,17 @@ def _torchvision(facts: Facts) -> Iterator[Finding]:
                       lacking or command)
 
 
-def _install_missing(result: dict[str, Any]) -> str | None:
+def _install_missing(result: dict[str, Any], package: str = ''
+                     ) -> str | None:
     """The command for an import that fails for want of another package."""
     # Of a submodule that is missing the package is there, but not whole.
     name = result.get('missing')
-    if not name or '.' in name or name in (*WATCHED, 'torch', 'torchvision'):
+    if not name or '.' in name or name in (package, 'torch', 'torchvision'):
+        return None
+    if name in FORKS:
+        return (BUILD_MMCV if name == 'mmcv' else
+                f'pip install {pin(FORKS[name])}')
+    if name in WATCHED:
         return None
     return f'pip install {_DISTRIBUTIONS.get(name, name)}'
 
@@ -162,13 +179,31 @@ def _several_owners(facts: Facts) -> Iterator[Finding]:
                 f'--no-deps {pin(fork)}')
 
 
+def _hosts(facts: Facts) -> Iterator[Finding]:
+    if not any(_is_there(facts, name) for name in HOSTS):
+        pins = ' '.join(pin(FORKS[name]) for name in ('mmengine', *HOSTS))
+        yield Finding('hosts-missing', 'neither mmdet, mmseg nor mmpretrain '
+                      'is installed: the attention (mmrpa.layers) needs none, '
+                      'configs and tools do', f'pip install {pins}', NOTE)
+
+
+def _mmengine(facts: Facts) -> Iterator[Finding]:
+    if not _is_there(facts, 'mmengine') and any(
+            _is_there(facts, name) for name in ('mmcv', *HOSTS)):
+        yield Finding('mmengine-missing', 'mmengine is not installed, which '
+                      'mmcv and all hosts import',
+                      f"pip install {pin('onedl-mmengine')}")
+
+
 def _mmcv(facts: Facts) -> Iterator[Finding]:
     owners, ops = facts['owners']['mmcv'], facts['probes']['mmcv.ops']
+    if not _is_there(facts, 'mmcv'):
+        if _uses_hosts(facts):
+            yield Finding('mmcv-missing', 'mmcv is not installed; the hosts '
+                          'need it', BUILD_MMCV)
+        return
     if len(owners) > 1 or 'found' in ops or 'error' in facts['probes'][
-            'torch'] or facts['probes']['mmcv'].get('missing') == 'mmcv':
-        if facts['probes']['mmcv'].get('missing') == 'mmcv':
-            yield Finding('mmcv-missing', 'mmcv is not installed; mmdet and '
-                          'mmseg need it', BUILD_MMCV)
+            'torch']:
         return
     if facts['has_ops'] is False:
         why = ('mmcv-lite never has any' if owners == ['mmcv-lite'] else
@@ -187,25 +222,28 @@ def _mmcv(facts: Facts) -> Iterator[Finding]:
 
 
 def _opencv(facts: Facts) -> Iterator[Finding]:
-    names = [name for name in OPENCV if name in facts['distributions']]
+    # conda's package has the metadata of all builds, and one folder.
+    owners = sorted(facts['owners']['cv2'])
     headless = pin('opencv-python-headless')
-    if len(names) > 1:
+    if len(owners) > 1:
         yield Finding(
-            'opencv-twice', f'{" and ".join(names)} are installed over each '
+            'opencv-twice', f'{" and ".join(owners)} are installed over each '
             'other: they share the folder cv2, and removing one breaks the '
-            'other', f'pip uninstall -y {" ".join(names)} && pip install '
+            'other', f'pip uninstall -y {" ".join(owners)} && pip install '
             f'--no-deps {headless}')
         return
     result = facts['probes']['cv2']
     if 'error' not in result or _is_numpy(result):
         return
-    if not names:
-        yield Finding('opencv-missing', 'no OpenCV is installed, which mmcv '
-                      'needs', f'pip install --no-deps {headless}')
-    else:
+    names = owners or [name for name in OPENCV
+                       if name in facts['distributions']]
+    if names:
         yield Finding('opencv-broken', f'OpenCV cannot be imported: '
                       f'{result["error"]}', 'pip uninstall -y '
-                      f'{names[0]} && pip install --no-deps {headless}')
+                      f'{" ".join(names)} && pip install --no-deps {headless}')
+    elif _uses_hosts(facts) or _is_there(facts, 'mmcv'):
+        yield Finding('opencv-missing', 'no OpenCV is installed, which mmcv '
+                      'needs', f'pip install --no-deps {headless}')
 
 
 def _is_numpy(result: dict[str, Any]) -> bool:
@@ -216,6 +254,8 @@ def _is_numpy(result: dict[str, Any]) -> bool:
 def _numpy(facts: Facts) -> Iterator[Finding]:
     result = facts['probes']['numpy']
     command = f"pip install {pin('numpy')}"
+    if not (_is_there(facts, 'numpy') or _uses_hosts(facts)):
+        return
     if 'error' in result:
         yield Finding('numpy-broken', f'numpy cannot be imported: '
                       f'{result["error"]}', command + ' --force-reinstall')
@@ -267,13 +307,18 @@ def _setuptools(facts: Facts) -> Iterator[Finding]:
                           command)
         return
     major = int(re.match(r'\d*', version).group() or 0)
+    # Nothing wrong as long as nothing is built and nothing imports it.
+    build = _uses_hosts(facts) and 'error' in facts['probes']['mmcv.ops']
     if major >= high:
+        original = 'mmengine' in facts['distributions']
         yield Finding('setuptools-too-new', f'setuptools {version} has no '
                       'pkg_resources any more, which the original mmengine '
-                      'and the build of mmcv import', command)
+                      'and the build of mmcv import', command,
+                      PROBLEM if build or original else NOTE)
     elif major < low:
         yield Finding('setuptools-too-old', f'setuptools {version} cannot '
-                      f'build mmcv, which needs {low} or later', command)
+                      f'build mmcv, which needs {low} or later', command,
+                      PROBLEM if build else NOTE)
 
 
 def _weights_only(facts: Facts) -> Iterator[Finding]:
@@ -285,10 +330,11 @@ def _weights_only(facts: Facts) -> Iterator[Finding]:
         owners = ' '.join(facts['owners']['mmengine']) or 'mmengine'
         yield Finding(
             'weights-only', f"torch {torch['found']['version']} loads weights "
-            'only, and this mmengine does not know that: --resume and '
-            'load_from fail with "Weights only load failed"',
+            "only, and this mmengine does not know that: the hosts' own "
+            'scripts resume and load nothing ("Weights only load failed"). '
+            'tools/train.py and tools/test.py do, by a reader of their own',
             f'pip uninstall -y {owners} && pip install --no-deps '
-            f"{pin('onedl-mmengine')}")
+            f"{pin('onedl-mmengine')}", NOTE)
 
 
 def _mmseg_base(facts: Facts) -> Iterator[Finding]:
@@ -305,37 +351,48 @@ def _mmseg_base(facts: Facts) -> Iterator[Finding]:
 
 def _coco(facts: Facts) -> Iterator[Finding]:
     result = facts['probes']['pycocotools']
-    if (facts['owners']['mmdet'] and 'error' in result
+    if (_is_there(facts, 'mmdet') and 'error' in result
             and not _is_numpy(result)):
         yield Finding('pycocotools', 'mmdet reads and evaluates COCO by '
                       f'pycocotools, which does not import: {result["error"]}',
+                      _install_missing(result, 'pycocotools') or
                       f"pip install --force-reinstall --no-deps "
                       f"{pin('pycocotools')}")
-
-
-def _ninja(facts: Facts) -> Iterator[Finding]:
-    if 'ninja' not in facts['distributions'] and facts['has_ops'] is False:
-        yield Finding('ninja', 'ninja is not installed: compiling mmcv takes '
-                      'one core, and several times as long',
-                      'pip install ninja')
 
 
 def _other_imports(facts: Facts, found: list[Finding]) -> Iterator[Finding]:
     """Hosts that do not import for a reason that no rule has named."""
     if any(finding.level != NOTE for finding in found):
         return  # likely a consequence: mend that first, and ask again
-    for package, fork in FORKS.items():
+    for package in FORKS:
         result, owners = facts['probes'][package], facts['owners'][package]
-        if not owners or 'error' not in result:
+        if 'error' not in result or not (owners or _is_there(facts, package)):
             continue
-        # The original may be too old for what is around it; the fork must
-        # not come over it.
-        command = _install_missing(result) or (
-            f'pip install --force-reinstall --no-deps {pin(fork)}'
-            if owners == [fork] else f'pip uninstall -y {" ".join(owners)} && '
-            f'pip install --no-deps {pin(fork)}')
-        yield Finding(f'broken-{package}', f'{package} cannot be imported: '
-                      f'{result["error"]}', command)
+        yield Finding(
+            f'broken-{package}', f'{package} cannot be imported: '
+            f'{result["error"]}' + ('' if owners else '. No installed package '
+                                    'owns it; the command shows where it is'),
+            _reinstall(package, owners, result))
+        if package == 'mmengine':
+            return  # all import it
+
+
+def _reinstall(package: str, owners: list[str], result: dict[str, Any]
+               ) -> str:
+    lacking, fork = _install_missing(result, package), FORKS[package]
+    if lacking:
+        return lacking
+    if not owners:  # on PYTHONPATH, or in the working folder
+        return (f"python -c \"import importlib.util as u; print(u.find_spec("
+                f"'{package}').origin)\"")
+    if package == 'mmcv':  # its ops have to be compiled
+        return BUILD_MMCV
+    # The original may be too old for what is around it; the fork must not
+    # come over it.
+    if owners == [fork]:
+        return f'pip install --force-reinstall --no-deps {pin(fork)}'
+    return (f'pip uninstall -y {" ".join(owners)} && pip install --no-deps '
+            f'{pin(fork)}')
 
 
 def _unsafe_torch(facts: Facts) -> Iterator[Finding]:
@@ -364,5 +421,5 @@ def _safetensors(facts: Facts) -> Iterator[Finding]:
 RULES: Tuple[Callable[[Facts], Iterator[Finding]], ...] = (
     # numpy that crashes takes torch along, and so OpenCV does with mmcv.
     _python, _numpy, _torch, find_refusals, _torchvision, *GPU_RULES,
-    _several_owners, _opencv, _mmcv, _ninja, _setuptools, _weights_only,
-    _coco, _mmseg_base, _safetensors)
+    _several_owners, _opencv, _mmengine, _mmcv, _setuptools, _weights_only,
+    _coco, _hosts, _mmseg_base, _safetensors)

@@ -132,6 +132,8 @@ BROKEN = {
             'mmcv/__init__.py': "__version__ = '2.1.0'",
             'mmcv/ops/__init__.py': 'import mmcv._ext'})], {}, 'mmcv-no-ops',
         'from source', 'MMCV_WITH_OPS=1'),
+    'no mmengine': (['onedl-mmengine'], [], {}, 'mmengine-missing',
+                    'not installed', 'pip install onedl-mmengine=='),
     'no mmcv': (['onedl-mmcv'], [], {}, 'mmcv-missing', 'not installed',
                 'MMCV_WITH_OPS=1'),
     'mmcv twice': ([], [('mmcv-lite', '2.2.0', {'mmcv/version.py': ''})], {},
@@ -177,28 +179,13 @@ BROKEN = {
         'pip install numpy==2'),
     'numpy raises': ([], [], {'numpy/__init__.py': _raising('no _core')},
                      'numpy-broken', 'no _core', 'pip install numpy=='),
-    'new setuptools': (['setuptools'], [('setuptools', '82.0.1')], {},
-                       'setuptools-too-new', 'setuptools 82.0.1 has no '
-                       'pkg_resources', "pip install 'setuptools>=77,<82'"),
-    'old setuptools': (['setuptools'], [('setuptools', '65.5.0')], {},
-                       'setuptools-too-old', '65.5.0 cannot build',
-                       "pip install 'setuptools>=77,<82'"),
     'no setuptools for the original': (
         ['setuptools', 'onedl-mmengine'],
         [('mmengine', '0.10.7', HEALTHY['onedl-mmengine'][1])], {},
         'setuptools-missing', 'original mmengine', 'pip install'),
-    'unsafe loading': (
-        [], [], {'mmengine/runner/checkpoint.py': 'torch.load(file)'},
-        'weights-only', '"Weights only load failed"',
-        'pip uninstall -y onedl-mmengine && pip install'),
     'no pycocotools': (['pycocotools'], [], {}, 'pycocotools',
                        "No module named 'pycocotools'",
                        'pip install --force-reinstall --no-deps pycocotools'),
-    'no ninja to compile mmcv': (
-        ['ninja', 'onedl-mmcv'], [('mmcv-lite', '2.2.0', {
-            'mmcv/__init__.py': "__version__ = '2.2.0'",
-            'mmcv/ops/__init__.py': 'import mmcv._ext'})], {}, 'ninja',
-        'one core', 'pip install ninja'),
     'a host raises': ([], [], {'mmdet/models/__init__.py': _raising(
         'MMCV==9 is used but incompatible')}, 'broken-mmdet',
         'MMCV==9 is used but incompatible',
@@ -244,9 +231,34 @@ def test_finding(name, make):
     assert command in finding['command']
 
 
-def test_package_that_is_an_extra_is_a_note(make):
-    found = make(['safetensors']).findings()
-    assert found['safetensors-missing']['level'] == 'note'
+# What is nothing wrong by itself: as above.
+NOTES = {
+    'no safetensors': (['safetensors'], [], {}, 'safetensors-missing',
+                       'cannot be read', 'pip install safetensors'),
+    'no host': (['onedl-mmdetection', 'onedl-mmsegmentation',
+                 'onedl-mmpretrain'], [], {}, 'hosts-missing',
+                'neither mmdet, mmseg nor mmpretrain',
+                'pip install onedl-mmengine=='),
+    'new setuptools': (['setuptools'], [('setuptools', '82.0.1')], {},
+                       'setuptools-too-new', 'setuptools 82.0.1 has no '
+                       'pkg_resources', "pip install 'setuptools>=77,<82'"),
+    'old setuptools': (['setuptools'], [('setuptools', '65.5.0')], {},
+                       'setuptools-too-old', '65.5.0 cannot build',
+                       "pip install 'setuptools>=77,<82'"),
+    'unsafe loading': (
+        [], [], {'mmengine/runner/checkpoint.py': 'torch.load(file)'},
+        'weights-only', 'load nothing ("Weights only load failed"). tools/',
+        'pip uninstall -y onedl-mmengine && pip install'),
+}
+
+
+@pytest.mark.parametrize('name', NOTES)
+def test_note(name, make):
+    without, extra, files, code, text, command = NOTES[name]
+    found = make(without, extra, files=files).findings()
+    assert {finding['level'] for finding in found.values()} == {'note'}
+    assert text in found[code]['text']
+    assert command in found[code]['command']
 
 
 def test_without_pip_the_first_command_brings_it(make):
@@ -328,11 +340,56 @@ def test_ops_for_another_torch(make, tmp_path):
 def test_empty_environment_is_explained(tmp_path):
     environment = Environment(tmp_path / 'env')
     found = environment.findings()
-    assert {'torch-missing', 'numpy-broken', 'opencv-missing'} <= set(found)
+    assert list(found) == ['pip-missing', 'torch-missing', 'hosts-missing',
+                           'safetensors-missing']
     done = environment.examine()
     assert done.returncode == 1
     assert '    pip install torch==' in done.stdout
-    assert 'mend the first' in done.stdout
+    assert 'neither mmdet' in ' '.join(done.stdout.split())
+
+
+_FINDER = """
+import importlib.util, sys
+class Finder:
+    def find_spec(name, path=None, target=None):
+        if name in ('mmdet', 'mmengine'):
+            return importlib.util.spec_from_file_location(
+                name, f'{sys.prefix}/source/{name}/__init__.py')
+sys.meta_path.append(Finder)
+"""
+
+
+@pytest.mark.parametrize('how', ['path', 'finder', 'develop'])
+def test_packages_installed_in_place(how, make):
+    """``pip install -e``, the two ways, and ``setup.py develop`` before."""
+    info = {
+        'mmdet-3.3.0.dist-info/direct_url.json': json.dumps(
+            {'url': 'file:///source', 'dir_info': {'editable': True}}),
+        'mmdet-3.3.0.dist-info/RECORD': '__editable__.mmdet-3.3.0.pth,,\n'
+        'mmdet-3.3.0.dist-info/METADATA,,\n'}
+    egg = 'Metadata-Version: 2.1\nName: mmdet\nVersion: 3.3.0\n'
+    environment = make(['onedl-mmdetection'], *[
+        [('mmdet', '3.3.0')]] * (how != 'develop'), files={
+            '../../../source/mmdet/__init__.py': _raising('MMCV==9 is used'),
+            'in_place.pth': 'import in_place\n' if how == 'finder' else
+            'import sys; sys.path.append(f"{sys.prefix}/source")\n',
+            'in_place.py': _FINDER,
+            **({'../../../source/mmdet.egg-info/PKG-INFO': egg,
+                '../../../source/mmdet.egg-info/top_level.txt': 'mmdet\n'}
+               if how == 'develop' else info)})
+    finding = environment.findings()['broken-mmdet']
+    assert 'MMCV==9 is used' in finding['text']
+    assert finding['command'].startswith('pip uninstall -y mmdet && ')
+    assert 'mmdet 3.3.0' in environment.examine().stdout
+
+
+def test_text_of_mmengine_is_read_where_a_finder_has_it(make):
+    environment = make(['onedl-mmengine'], files={
+        'in_place.pth': 'import in_place\n', 'in_place.py': _FINDER,
+        **{f'../../../source/{path}': text for path, text in
+           HEALTHY['onedl-mmengine'][1].items()},
+        '../../../source/mmengine/runner/checkpoint.py': 'torch.load(file)'})
+    assert set(environment.findings()) == {'weights-only', 'mmseg-base'}
 
 
 def test_half_removed_distribution_does_not_stop_it(make):

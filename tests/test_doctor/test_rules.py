@@ -19,6 +19,7 @@ from mmrpa.doctor.rules_gpu import runs_on
 ARCHS = ['sm_75', 'sm_80', 'sm_90', 'sm_120', 'compute_120']
 FACTS = {
     'python': [3, 11, 7],
+    'checkout': True,
     'platform': 'Linux',
     'distributions': {'setuptools': '81.0.0', 'torchvision': '0.26.0+cu130',
                       'opencv-python-headless': '4.12.0.88', 'ninja': '1',
@@ -56,6 +57,139 @@ def _diagnose(**changes):
         else:
             facts[key] = value
     return diagnose(facts)
+
+
+def _without(facts, *names):
+    """Take packages out; all that import mmengine fail along with it."""
+    for name in names:
+        facts['owners'][name] = []
+        facts['probes'][name] = {
+            'error': f'ModuleNotFoundError: No module named {name!r}',
+            'missing': name}
+        if name in ('mmcv', 'mmengine'):
+            facts['probes']['mmcv.ops'] = facts['probes'][name]
+    for name in ('mmcv', 'mmdet', 'mmseg', 'mmpretrain'):
+        if 'mmengine' in names and name not in names:
+            facts['probes'][name] = facts['probes']['mmengine']
+    return facts
+
+
+HOSTS = ('mmdet', 'mmseg', 'mmpretrain')
+
+
+@pytest.mark.parametrize('names, codes', [
+    (HOSTS, {'hosts-missing': 'note'}),
+    (('mmengine', *HOSTS), {'mmengine-missing': 'problem',
+                            'hosts-missing': 'note'}),
+    # torch alone, for the attention: a supported use.
+    (('mmengine', 'mmcv', *HOSTS), {'hosts-missing': 'note'}),
+    (('mmengine', 'mmcv', 'numpy', 'cv2', 'torchvision', 'pycocotools',
+      *HOSTS), {'hosts-missing': 'note'}),
+    (('mmengine', 'mmcv', 'torch', 'numpy', *HOSTS), {
+        'torch-missing': 'problem', 'hosts-missing': 'note'}),
+    (('mmcv', *HOSTS), {'mmcv-missing': 'problem', 'hosts-missing': 'note'}),
+    (('mmcv', ), {'mmcv-missing': 'problem'}),
+    (('mmdet', 'mmseg'), {}),
+])
+def test_what_is_wrong_without(names, codes):
+    facts = _without(copy.deepcopy(FACTS), *names)
+    if 'cv2' in names:
+        del facts['distributions']['opencv-python-headless']
+    found = diagnose(facts)
+    assert {finding.code: finding.level for finding in found} == codes
+    if 'hosts-missing' in codes:
+        assert f"mmpretrain=={TESTED['onedl-mmpretrain']}" in found[-1].command
+
+
+def test_missing_mmengine_is_all_that_is_wrong():
+    """What imports it is whole: nothing of it has to be installed again."""
+    finding, = diagnose(_without(copy.deepcopy(FACTS), 'mmengine'))
+    assert finding.code == 'mmengine-missing'
+    assert finding.command == (
+        f"pip install onedl-mmengine=={TESTED['onedl-mmengine']}")
+
+
+@pytest.mark.parametrize('error, command', [
+    ({'error': 'x', 'missing': None}, 'CFLAGS='),
+    ({'error': 'x', 'missing': 'yapf'}, 'pip install yapf')])
+def test_ops_that_were_compiled_are_not_thrown_away(error, command):
+    facts = copy.deepcopy(FACTS)
+    facts['probes']['mmcv'] = error  # while its ops work
+    finding, = diagnose(facts)
+    assert finding.code == 'broken-mmcv'
+    assert ('MMCV_WITH_OPS=1 ' + command in finding.command
+            or finding.command == command)
+
+
+@pytest.mark.parametrize('missing, command', [
+    ('mmpretrain',
+     f"pip install onedl-mmpretrain=={TESTED['onedl-mmpretrain']}"),
+    # Its folder has gone, its metadata has not.
+    ('mmdet', 'pip uninstall -y mmdet && pip install --no-deps '
+     f"onedl-mmdetection=={TESTED['onedl-mmdetection']}")])
+def test_host_that_lacks_another(missing, command):
+    facts = copy.deepcopy(FACTS)
+    facts['owners']['mmdet'] = ['mmdet']
+    facts['probes']['mmdet'] = {'error': 'x', 'missing': missing}
+    finding, = diagnose(facts)
+    assert (finding.code, finding.command) == ('broken-mmdet', command)
+
+
+def test_broken_host_that_nothing_owns():
+    """On PYTHONPATH, say: what would be installed could not be seen."""
+    facts = copy.deepcopy(FACTS)
+    facts['owners']['mmdet'] = []
+    facts['probes']['mmdet'] = {'error': 'x', 'missing': None}
+    finding, = diagnose(facts)
+    assert finding.code == 'broken-mmdet'
+    assert 'shows where it is' in finding.text
+    assert "find_spec('mmdet').origin" in finding.command
+
+
+def test_broken_mmengine_is_named_alone():
+    facts = copy.deepcopy(FACTS)
+    for name in ('mmengine', 'mmcv', 'mmcv.ops', 'mmdet', 'mmpretrain'):
+        facts['probes'][name] = {'error': 'OSError: x', 'missing': None}
+    finding, = diagnose(facts)
+    assert finding.code == 'broken-mmengine'
+
+
+@pytest.mark.parametrize('version', ['65.5.0', '82.0.0'])
+def test_setuptools_matters_to_builds_and_to_the_original(version):
+    facts = copy.deepcopy(FACTS)
+    facts['distributions']['setuptools'] = version
+    finding, = diagnose(facts)
+    assert finding.level == 'note'
+    code = finding.code
+    found = {f.code: f for f in diagnose(_without(facts, 'mmcv'))}
+    assert found[code].level == 'problem'
+    facts = copy.deepcopy(FACTS)
+    facts['distributions'].update(setuptools=version, mmengine='0.10.7')
+    finding, = diagnose(facts)
+    assert finding.level == 'problem' if version > '8' else 'note'
+
+
+@pytest.mark.parametrize('owners, codes', [
+    ([], []),  # conda's package, with the metadata of both builds
+    (['opencv-python'], []),
+    (['opencv-python', 'opencv-python-headless'], ['opencv-twice']),
+    (['opencv-python', 'opencv-of-somebody'], ['opencv-twice'])])
+def test_two_builds_of_opencv_are_two_owners_of_its_folder(owners, codes):
+    facts = copy.deepcopy(FACTS)
+    facts['distributions']['opencv-python'] = '4.12.0.88'
+    facts['owners']['cv2'] = owners
+    found = diagnose(facts)
+    assert [finding.code for finding in found] == codes
+    for finding in found:
+        assert finding.command.startswith(
+            f'pip uninstall -y {" ".join(sorted(owners))} && ')
+
+
+@pytest.mark.parametrize('checkout', [True, False])
+def test_another_python_where_there_is_no_makefile(checkout):
+    finding, = _diagnose(python=[3, 13, 1], checkout=checkout)
+    assert finding.command.startswith(
+        'make setup ' if checkout else 'python3.11 -m venv ')
 
 
 def _codes(**changes):
