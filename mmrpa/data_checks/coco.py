@@ -115,12 +115,15 @@ class _CocoCheck:
         """Check the images themselves."""
         prefix = self.context.dataset.data_prefix.get('img') or ''
         entries = list(self.images.values())
+        reader = self.context.image_reader()
+        if reader is None:
+            return
         self.context.is_sampled(len(entries))
 
         def path_of(entry: dict) -> str:
             return osp.join(prefix, entry['file_name'])
 
-        for entry, facts in self.context.read(entries, path_of):
+        for entry, facts in self.context.read(entries, path_of, reader):
             if not self.context.report_file(
                     f'{path_of(entry)} (image {entry["id"]})', facts):
                 continue

@@ -4,10 +4,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 from .findings import Findings
 from .images import ImageFacts, read_all, read_image, spread
+from .loaders import image_decoder
 
 _SECONDS = 5  # between two lines of progress
 
@@ -57,6 +59,7 @@ class Context:
         options (Options): How much to read.
         steps (list[Mapping]): The transforms of its pipeline, those within
             others included.
+        unread (list[str]): Files that there was too little memory for.
     """
 
     where: str
@@ -64,6 +67,7 @@ class Context:
     findings: Findings
     options: Options
     steps: list[Mapping] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
 
     def add(self, code: str, example: str) -> None:
         """Report a problem."""
@@ -81,9 +85,22 @@ class Context:
         self.note('sampled', f'{most} of {total} images were read')
         return True
 
-    def read(self, items: list[Any], path_of: Callable[[Any], str],
-             function: Callable[[str], ImageFacts] = read_image
-             ) -> Iterator[tuple[Any, ImageFacts]]:
+    def image_reader(self) -> Callable[[str], ImageFacts] | None:
+        """What reads images as the pipeline does.
+
+        Returns:
+            callable, optional: None if the pipeline has a loader of its own,
+            which may read anything; that is noted.
+        """
+        decoder = image_decoder(self.steps)
+        if decoder is None:
+            self.note('unchecked', 'the pipeline has no LoadImageFromFile '
+                      'with OpenCV or Pillow, so its images were not read')
+            return None
+        return partial(read_image, decoder=decoder)
+
+    def read(self, items: list[Any], path_of: Callable[[Any], Any],
+             function: Callable[[Any], Any]) -> Iterator[tuple[Any, Any]]:
         """Read the files of the chosen items, with progress."""
         chosen = spread(items, self.options.max_images)
         told = time.monotonic()
@@ -96,11 +113,17 @@ class Context:
                 told = time.monotonic()
                 print(f'check_data: {self.where}: {number}/{len(chosen)} '
                       'files', file=sys.stderr, flush=True)
+        if self.unread:
+            self.note('unchecked', f'{len(self.unread)} files were not read '
+                      f'for lack of memory, such as {self.unread[0]!r}')
+            self.unread.clear()
 
     def report_file(self, path: str, facts: ImageFacts,
                     missing: str = 'missing-image') -> bool:
         """Report a file that cannot be read; returns whether it can."""
-        if facts.code:
+        if facts.code == 'no-memory':
+            self.unread.append(path)
+        elif facts.code:
             code = missing if facts.code == 'missing' else facts.code
             self.add(code, f'{path}: {facts.error}')
         return not facts.code

@@ -64,6 +64,10 @@ PROBLEMS = {
     'not-an-image': Kind(
         'a file with the name of an image that is none',
         'remove it, or convert it'),
+    'too-large': Kind(
+        'an image of more pixels than its decoder takes: 2^30 for OpenCV, '
+        '178956970 for Pillow, which reads label maps by default',
+        "cut it into tiles, or read label maps with imdecode_backend='cv2'"),
     'unreadable-file': Kind(
         'a file that the system refuses to read',
         'correct its permissions, or copy it from a disk that is sound'),

@@ -37,9 +37,12 @@ def check_folders(context: Context) -> Histogram | None:
                     'no file ends in ' + ', '.join(sorted(
                         dataset.extensions)))
         return None
-    context.is_sampled(len(samples))
-    for sample, facts in context.read(samples, lambda sample: sample.path):
-        context.report_file(sample.path, facts)
+    reader = context.image_reader()
+    if reader is not None:
+        context.is_sampled(len(samples))
+        for sample, facts in context.read(
+                samples, lambda sample: sample.path, reader):
+            context.report_file(sample.path, facts)
     return _histogram(context, samples, classes)
 
 

@@ -1,4 +1,8 @@
-"""Read image files whole, in parallel, in bounded memory."""
+"""Read image files whole, in parallel, in bounded memory.
+
+Pillow reads them, at a fraction of the resolution where it can. What it does
+not know or refuses is given to OpenCV if the training's loader uses that.
+"""
 
 import errno
 import struct
@@ -11,12 +15,14 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from .loaders import IMAGES, MAPS, Decoder
+
 Item = TypeVar('Item')
 Result = TypeVar('Result')
 # What Pillow's decoders raise on files that are cut or were overwritten.
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error,
             zlib.error, KeyError, IndexError, TypeError, OverflowError,
-            NotImplementedError, MemoryError, Image.DecompressionBombError)
+            NotImplementedError)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 _ORIENTATION = 0x0112  # EXIF tag; 5 to 8 swap width and height
 
@@ -26,7 +32,8 @@ class ImageFacts(NamedTuple):
 
     Attributes:
         code (str): '' if all of it can be read, 'missing' if it is not there,
-            else the kind of its problem.
+            'no-memory' if there was too little memory to tell, else the kind
+            of its problem.
         error (str): What the reader says.
         size (tuple[int, int]): Width and height in pixels, after the
             orientation that EXIF asks for: what OpenCV gives.
@@ -43,17 +50,31 @@ class ImageFacts(NamedTuple):
     counts: dict[int, int] = {}
 
 
-def read_image(path: str) -> ImageFacts:
+def read_image(path: str, decoder: Decoder = IMAGES) -> ImageFacts:
     """Decode a file to its end; no pixels are kept."""
-    return _read(path, labels=False)
+    return _read(path, decoder, labels=False)
 
 
-def read_labels(path: str) -> ImageFacts:
+def read_labels(path: str, decoder: Decoder = MAPS) -> ImageFacts:
     """Like :func:`read_image`, and count the values of a label map."""
-    return _read(path, labels=True)
+    return _read(path, decoder, labels=True)
 
 
-def _read(path: str, labels: bool) -> ImageFacts:
+def _read(path: str, decoder: Decoder, labels: bool) -> ImageFacts:
+    try:
+        return _read_with_pillow(path, labels)
+    except UnidentifiedImageError:
+        facts = ImageFacts('not-an-image', 'no known image format')
+    except Image.DecompressionBombError as error:
+        facts = ImageFacts('too-large', f'Pillow: {error}')
+    except MemoryError:
+        return ImageFacts('no-memory')
+    return (_read_with_opencv(path, decoder.flag, labels, facts)
+            if decoder.backend == 'cv2' else facts)
+
+
+def _read_with_pillow(path: str, labels: bool) -> ImageFacts:
+    """Raises what Pillow says of files that it does not know or refuses."""
     try:
         with open(path, 'rb') as file:
             if not file.read(1):
@@ -64,7 +85,9 @@ def _read(path: str, labels: bool) -> ImageFacts:
                 if labels:
                     image.load()
                     return ImageFacts('', '', size, image.mode,
-                                      image.format or '', _count(image))
+                                      image.format or '',
+                                      _count(np.asarray(image))
+                                      if len(image.getbands()) == 1 else {})
                 turned = _is_turned(image)
                 # An eighth of the resolution takes a fraction of the time;
                 # all of the file is read nevertheless. JPEG only.
@@ -80,12 +103,35 @@ def _read(path: str, labels: bool) -> ImageFacts:
     except UnicodeEncodeError as error:
         return ImageFacts('unreadable-file', f'no name of a file: {error}')
     except UnidentifiedImageError:
-        return ImageFacts('not-an-image', 'no known image format')
+        raise  # it is an OSError, too
     except _DAMAGED as error:
         refused = getattr(error, 'errno', None) in _REFUSED
         return ImageFacts(
             'unreadable-file' if refused else 'truncated-file',
             str(error) or type(error).__name__)
+
+
+def _read_with_opencv(path: str, flag: str, labels: bool,
+                      refused: ImageFacts) -> ImageFacts:
+    """Decode as mmcv does; ``refused`` is the answer if that gives nothing."""
+    import cv2
+    import mmcv
+    try:
+        pixels = mmcv.imread(path, flag=flag, backend='cv2')
+    except cv2.error as error:
+        if error.code == cv2.Error.STS_NO_MEM:
+            return ImageFacts('no-memory')
+        return ImageFacts('too-large' if 'CV_IO_MAX_IMAGE' in error.err else
+                          refused.code, f'OpenCV: {error.err}')
+    except MemoryError:
+        return ImageFacts('no-memory')
+    if pixels is None:  # of few pixels or many: OpenCV takes more of them
+        return refused if refused.code != 'too-large' else ImageFacts(
+            'truncated-file', 'OpenCV gives nothing')
+    height, width = pixels.shape[:2]
+    pixels = pixels.squeeze()
+    return ImageFacts('', '', (width, height), str(pixels.dtype), '',
+                      _count(pixels) if labels and pixels.ndim == 2 else {})
 
 
 def _is_turned(image: Image.Image) -> bool:
@@ -95,11 +141,8 @@ def _is_turned(image: Image.Image) -> bool:
         return False
 
 
-def _count(image: Image.Image) -> dict[int, int]:
-    """Pixels by value; {} for colours."""
-    if len(image.getbands()) > 1:
-        return {}
-    pixels = np.asarray(image)
+def _count(pixels: np.ndarray) -> dict[int, int]:
+    """Pixels by value."""
     if pixels.dtype in (np.uint8, np.bool_):
         counts = np.bincount(pixels.ravel(), minlength=256)
         values = np.flatnonzero(counts)

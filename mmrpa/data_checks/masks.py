@@ -6,7 +6,8 @@ from collections import Counter
 from typing import NamedTuple
 
 from .context import Context, Histogram
-from .images import ImageFacts, read_image, read_labels
+from .images import ImageFacts, read_labels
+from .loaders import map_decoder, step_name
 
 _IGNORED = 255  # the value that mmseg ignores, before and after reduction
 
@@ -19,7 +20,7 @@ class _Pair(NamedTuple):
 
 
 class _PairFacts(NamedTuple):
-    image: ImageFacts
+    image: ImageFacts | None
     labels: ImageFacts | None
 
 
@@ -43,9 +44,12 @@ def _list_pairs(context: Context) -> list[_Pair]:
     dataset = context.dataset
     images = dataset.data_prefix.get('img_path') or ''
     # An unlabelled test set has a pipeline that loads images only.
-    maps = dataset.data_prefix.get('seg_map_path') if any(
-        'Annotations' in str(step.get('type'))
-        for step in context.steps) else None
+    maps = dataset.data_prefix.get('seg_map_path') if map_decoder(
+        context.steps) else None
+    if maps is None and any('Annotation' in step_name(step)
+                            for step in context.steps):
+        context.note('unchecked', 'the pipeline has no LoadAnnotations with '
+                     'OpenCV or Pillow, so its label maps were not read')
     if dataset.ann_file and not osp.isdir(dataset.ann_file):
         with open(dataset.ann_file, encoding='utf-8') as file:
             stems = [line.strip() for line in file]
@@ -109,15 +113,18 @@ class _LabelCheck:
         """Read all pairs and judge them together."""
         sampled = self.context.is_sampled(len(self.pairs))
         self._check_pipeline()
+        reader = self.context.image_reader()
+        decoder = map_decoder(self.context.steps)
 
         def read(pair: _Pair) -> _PairFacts:
             return _PairFacts(
-                read_image(pair.image),
-                read_labels(pair.labels) if pair.labels else None)
+                reader(pair.image) if reader else None,
+                read_labels(pair.labels, decoder) if pair.labels else None)
 
         for pair, facts in self.context.read(
                 self.pairs, lambda pair: pair, read):
-            readable = self.context.report_file(pair.image, facts.image)
+            readable = facts.image is not None and self.context.report_file(
+                pair.image, facts.image)
             if facts.labels is not None and self.context.report_file(
                     pair.labels, facts.labels, 'missing-label-map'):
                 self._check_map(pair.labels, facts.labels,
@@ -130,7 +137,7 @@ class _LabelCheck:
         """Find a reduction that the transform does and the dataset not."""
         for step in self.context.steps:
             value = step.get('reduce_zero_label')
-            if ('LoadAnnotations' in str(step.get('type'))
+            if (step_name(step) == 'LoadAnnotations'
                     and value is not None and value != self.reduced):
                 self.context.add(
                     'reduce-zero-label', 'reduce_zero_label is '

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from PIL import Image
+from png_header import header_only
 from pycocotools import mask as pycoco
 
 from mmrpa.data_checks import check_data
@@ -82,6 +83,11 @@ def image_turned_by_exif(data):
     data.coco['annotations'] = [
         a for a in data.coco['annotations'] if a['image_id'] != number
     ]
+
+
+@case('mmdet', 'too-large', '000000000001.jpg')
+def image_of_more_pixels_than_opencv_takes(data):
+    header_only(first_image(data), 2**15 + 1, 2**15)
 
 
 # ---- annotation files ----
