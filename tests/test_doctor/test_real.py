@@ -30,6 +30,8 @@ SPOILED = {
     'the original mmengine': (
         ['onedl-mmengine'], [], ['mmengine==0.10.7'],
         {'weights-only': 'Weights only load failed'}),
+    'no mmengine': (['onedl-mmengine'], [], [],
+                    {'mmengine-missing': 'not installed'}),
     'the original mmsegmentation over the fork': (
         [], ['onedl-mmsegmentation'], ['mmsegmentation==1.2.2'],
         {'overwritten-mmseg': 'mmsegmentation and onedl-mmsegmentation'}),
