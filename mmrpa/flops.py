@@ -20,7 +20,7 @@ from .layers import (
     SpatialReductionAttention,
     WindowAttention,
 )
-from .safe_loading import use_safe_reader
+from .safe_loading import safe_reader
 
 ATTENTIONS = (CrossShapedWindowAttention, DenseAttention, RPAttention,
               SpatialReductionAttention, WindowAttention)
@@ -121,8 +121,8 @@ def count_model(cfg: Config, hw_shape: Tuple[int, int]) -> Count:
         multiply-adds of inference.
     """
     init_default_scope(cfg.default_scope)
-    use_safe_reader()  # some models load their teacher when built
-    with torch.device('meta'):
+    # Some models load their teacher when built.
+    with safe_reader(), torch.device('meta'):
         model = MODELS.build(cfg.model).eval()
         images = torch.empty(1, model.backbone.in_channels, *hw_shape)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -88,28 +88,49 @@ def read_training_checkpoint(
         return torch.load(path, map_location=map_location, weights_only=True)
 
 
-def use_safe_reader() -> None:
-    """Let mmengine read files and http addresses by the above.
+@contextlib.contextmanager
+def safe_reader() -> Iterator[None]:
+    """Let mmengine read files and http addresses by the above for a while.
 
-    That is what ``load_from``, ``--resume``, ``init_cfg`` and
-    ``mmengine.runner.load_checkpoint`` of this process then use; a resume
-    without a file looks for it by :func:`newest_good_checkpoint`. It may be
-    called again.
+    That is what ``init_cfg`` and ``mmengine.runner.load_checkpoint`` use
+    within the ``with`` block; after it they read as they did before, by a
+    loader of the user's own if there is one.
     """
-    from mmengine.runner import (
-        CheckpointLoader,
-        _flexible_runner,
-        checkpoint,
-        runner,
-    )
+    from mmengine.runner import CheckpointLoader, checkpoint
+    loaders = {prefix: CheckpointLoader._schemes[prefix]
+               for prefix in ('', 'http://', 'https://')}
+    by_name = checkpoint.load_from_http
+    _register_loaders()
+    try:
+        yield
+    finally:
+        for prefix, loader in loaders.items():
+            CheckpointLoader.register_scheme(prefix, loader, force=True)
+        checkpoint.load_from_http = by_name
+
+
+def use_safe_reader() -> None:
+    """Let mmengine read so to the end of this process.
+
+    For tools and for hooks of a training, not for functions: a user's program
+    goes on after those. A Runner that resumes without a file looks for it by
+    :func:`newest_good_checkpoint`. It may be called again.
+    """
+    from mmengine.runner import _flexible_runner, runner
+    _register_loaders()
+    # The runners look by this name for what ``resume`` goes on from, in all
+    # processes. Others, who may ask in one, keep mmengine's.
+    for module in (runner, _flexible_runner):
+        module.find_latest_checkpoint = newest_good_checkpoint
+
+
+def _register_loaders() -> None:
+    from mmengine.runner import CheckpointLoader, checkpoint
     CheckpointLoader.register_scheme('', load_from_local, force=True)
     CheckpointLoader.register_scheme(
         ('http://', 'https://'), load_from_http, force=True)
     # The loaders of torchvision:// and the like call it by this name.
     checkpoint.load_from_http = load_from_http
-    # The runners look by this name for what ``resume`` goes on from.
-    for module in (checkpoint, runner, _flexible_runner):
-        module.find_latest_checkpoint = newest_good_checkpoint
 
 
 def forbid_unsafe() -> None:

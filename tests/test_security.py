@@ -246,7 +246,7 @@ HOSTS = {
     'init_weights', 'resume', 'DetInferencer', 'MMSegInferencer',
     'ImageClassificationInferencer'}
 BUILDERS = ('MODELS', 'models', 'RUNNERS', 'DETECTORS')
-PROTECTIONS = {'protect_process', 'use_safe_reader'}
+PROTECTIONS = {'protect_process', 'safe_reader', 'use_safe_reader'}
 ALLOWED = {
     # A child process with the code that the doctor itself sends.
     ('mmrpa/doctor/probes.py', 'exec'),

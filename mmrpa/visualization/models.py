@@ -18,7 +18,7 @@ from ..backbones.base import RPBackbone
 from ..launch import HOSTS, load_config
 from ..layers import RPAttention
 from ..preflight import ConfigError, MissingPathError
-from ..safe_loading import use_safe_reader
+from ..safe_loading import safe_reader
 from ..weights import CheckpointError, read_checkpoint
 from .geometry import Geometry, trace
 from .images import check_image
@@ -223,11 +223,12 @@ class RoutingModel:
         backbone = cfg.get('backbone')
         if attention is not None and isinstance(backbone, Mapping):
             backbone['attention'] = self._twin_attention(backbone, attention)
-        use_safe_reader()  # some models load their teacher when built
         try:
             # Weights are given, so what init_cfg names is not loaded: that
-            # happens in init_weights, which is not called.
-            return revert_sync_batchnorm(MODELS.build(cfg))
+            # happens in init_weights, which is not called. But some models
+            # load their teacher when built.
+            with safe_reader():
+                return revert_sync_batchnorm(MODELS.build(cfg))
         except _CONFIG_ERRORS as error:
             raise ConfigError(f'{self.config}: its model cannot be built: '
                               f'{_first_line(error)}') from error

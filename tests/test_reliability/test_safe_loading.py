@@ -11,12 +11,19 @@ import pytest
 import torch
 from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
-from mmengine.runner import CheckpointLoader, checkpoint, load_checkpoint
+from mmengine.runner import (
+    CheckpointLoader,
+    _flexible_runner,
+    checkpoint,
+    load_checkpoint,
+    runner,
+)
 
 from mmrpa import safe_loading
 from mmrpa.safe_loading import (
     forbid_unsafe,
     load_from_http,
+    newest_good_checkpoint,
     read_training_checkpoint,
     use_safe_reader,
 )
@@ -60,6 +67,9 @@ def mmengine_loaders(monkeypatch):
                         dict(CheckpointLoader._schemes))
     monkeypatch.setattr(checkpoint, 'load_from_http',
                         checkpoint.load_from_http)
+    for module in (checkpoint, runner, _flexible_runner):
+        monkeypatch.setattr(module, 'find_latest_checkpoint',
+                            module.find_latest_checkpoint)
 
 
 def test_all_that_training_needs_comes_back(saved):
@@ -179,6 +189,53 @@ def test_mmengine_reads_by_it(saved, tmp_path, mmengine_loaders):
     assert not (tmp_path / 'ran').exists()
     with pytest.raises(FileNotFoundError, match="'no/such.pth' does not"):
         load_checkpoint(model, 'no/such.pth')
+
+
+def how_mmengine_reads() -> list:
+    return [*CheckpointLoader._schemes.items(), checkpoint.load_from_http,
+            *(module.find_latest_checkpoint for module in (
+                checkpoint, runner, _flexible_runner))]
+
+
+@pytest.mark.parametrize('protected', [False, True])
+def test_an_api_gives_the_loaders_back(protected, monkeypatch, tmp_path,
+                                       mmengine_loaders):
+    """And reads by ours itself, in a tool's process as in a user's."""
+    from mmengine.config import Config
+    from mmengine.registry import MODELS
+
+    from mmrpa.flops import count_model
+
+    def users_own(filename, map_location=None):
+        raise AssertionError('the loader of the user is not asked')
+
+    class Teaching(torch.nn.Module):
+
+        def __init__(self, teacher):
+            CheckpointLoader.load_checkpoint(teacher)
+
+    monkeypatch.setitem(MODELS.module_dict, 'Teaching', Teaching)
+    CheckpointLoader.register_scheme('', users_own, force=True)
+    if protected:
+        use_safe_reader()
+    before = how_mmengine_reads()
+    torch.save(dict(a=Malicious(tmp_path / 'ran')), tmp_path / 'bad.pth')
+    with pytest.raises(CheckpointError, match='holds more than weights'):
+        count_model(Config(dict(
+            default_scope='mmengine', model=dict(
+                type='Teaching', teacher=str(tmp_path / 'bad.pth')))),
+            (32, 32))
+    assert not (tmp_path / 'ran').exists()
+    assert how_mmengine_reads() == before
+
+
+def test_who_asks_in_one_process_gets_mmengines_search(mmengine_loaders):
+    """Ours waits for the other processes, who might not ask."""
+    from mmengine.runner import find_latest_checkpoint
+    use_safe_reader()
+    assert checkpoint.find_latest_checkpoint is find_latest_checkpoint
+    assert find_latest_checkpoint.__module__ == 'mmengine.runner.checkpoint'
+    assert runner.find_latest_checkpoint is newest_good_checkpoint
 
 
 def test_addresses_are_read_by_it(saved, tmp_path, monkeypatch,
