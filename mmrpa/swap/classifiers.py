@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from .archs import Arch
+from .fields import DICT, PARTS, take
 from .report import Report, SwapRefused, short, type_name
 
 # Contrastive and other methods that read a backbone's features.
@@ -59,7 +60,8 @@ def fit_classifier(model: dict[str, Any], backbone: dict[str, Any],
     Returns:
         dict: Options of the new backbone.
     """
-    necks = _as_list(model.get('neck'))
+    necks = _as_list(take(model, 'neck', PARTS, key, None))
+    take(model, 'head', DICT, key)
     fuse = any(type_name(neck) == 'HRFuseScales' for neck in necks)
     contrastive = type_name(model) != 'ImageClassifier'
     reads_map = contrastive or type_name(model['head']) == 'CSRAClsHead'

@@ -86,6 +86,9 @@ def swap(cfg: Config | Mapping[str, Any],
                        (refuse_segmentor, fit_segmentor))
         refuse(model, old_cfg, key)
         probe = probe_backbone(old_cfg, host, f'{key}.backbone')
+        if not probe.maps or None in probe.strides:
+            raise SwapRefused('no maps', f'{key}.backbone gives vectors, or '
+                              'nothing')
         options = fit(model, probe, new, key, told)
         names = probe.parameters
     model['backbone'] = _new_backbone(old_cfg, options, new, fit_host, values,
@@ -109,7 +112,11 @@ def _plain_values(
     if not isinstance(cfg, Mapping):
         raise SwapError(f'cfg must be a Config or a dict, got '
                         f'{type(cfg).__name__}; Config.fromfile reads a file')
-    return Config(copy.deepcopy(dict(cfg))).to_dict(), None
+    try:
+        return Config(copy.deepcopy(dict(cfg))).to_dict(), None
+    except KeyError as error:
+        # mmengine keeps a few names for itself.
+        raise SwapError(f'cfg: {error.args[0]}; rename it') from error
 
 
 def _host(values: Mapping[str, Any]) -> str:
@@ -197,11 +204,12 @@ def _image_side(values: Mapping[str, Any], host: str) -> int | None:
     pipeline = pipeline.get('pipeline') if isinstance(
         pipeline, Mapping) else None
     side = None
-    for transform in pipeline or ():
+    for transform in pipeline if isinstance(pipeline, (list, tuple)) else ():
         if type_name(transform) in ('RandomResizedCrop', 'RandomCrop',
                                     'CenterCrop', 'Resize'):
             size = transform.get('crop_size', transform.get('scale'))
             size = (size, ) if isinstance(size, int) else size
-            if size and all(isinstance(v, int) for v in size):
+            if isinstance(size, (list, tuple)) and size and all(
+                    isinstance(v, int) for v in size):
                 side = max(size)
     return side

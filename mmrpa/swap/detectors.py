@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from .archs import Arch
+from .fields import DICT, INT, INT_OR_INTS, INTS, MAYBE_DICT, PARTS, take
 from .probe import Probe
 from .report import Report, SwapRefused, short, type_name
 
@@ -40,7 +41,8 @@ def refuse_detector(model: dict[str, Any], backbone: dict[str, Any],
     if _first_neck(model).get('rfp_backbone'):
         raise SwapRefused('a detector built around its own backbone',
                           f'{key}.neck holds a second copy of the backbone')
-    shared = (model.get('roi_head') or {}).get('shared_head')
+    roi_head = take(model, 'roi_head', MAYBE_DICT, key, None)
+    shared = (roi_head or {}).get('shared_head')
     if isinstance(shared, dict):
         raise SwapRefused(
             "a stage of the backbone in the RoI head ('C4')",
@@ -65,6 +67,7 @@ def fit_detector(model: dict[str, Any], old: Probe, arch: Arch, key: str,
     Raises:
         SwapRefused: The maps that are read cannot be had.
     """
+    take(model, 'neck', PARTS, key, None)
     first = _first_neck(model)
     if 'in_channels' not in first:
         return _fit_heads(model, old, arch, key, report)
@@ -102,7 +105,7 @@ def _levels(neck: dict[str, Any], old: Probe,
         tuple[list[int], bool]: Their indices, and whether the neck names
         their channels deep first, as YOLOv3's does.
     """
-    channels = neck['in_channels']
+    channels = take(neck, 'in_channels', INT_OR_INTS, key)
     total = len(old.maps)
     if isinstance(channels, int):
         return [total - 1], False  # such necks read the last map
@@ -119,19 +122,24 @@ def _levels(neck: dict[str, Any], old: Probe,
             'the config does not fit its own backbone',
             f'{key}.in_channels={channels}, but the old backbone gives '
             f'{list(old.channels)}')
-    first, last = _read_range(neck, count)
+    first, last = _read_range(neck, count, key)
     return list(range(start + first, start + last)), flipped
 
 
-def _read_range(neck: dict[str, Any], count: int) -> tuple[int, int]:
+def _read_range(neck: dict[str, Any], count: int,
+                key: str) -> tuple[int, int]:
     """The part of its inputs that an FPN-like neck reads."""
+    first = take(neck, 'start_level', INT, key, 0)
+    end = take(neck, 'end_level', INT, key, -1)
     if type_name(neck) in _INPUTS_BY_NUMBER:
         return 0, count
-    first = neck.get('start_level', 0)
-    end = neck.get('end_level', -1)
-    if end in (-1, count - 1):
-        return first, count
-    return first, end + 1
+    last = count if end == -1 else end + 1
+    if not 0 <= first < last <= count:
+        raise SwapRefused(
+            'the config does not fit its own backbone',
+            f'{key} has start_level={first} and end_level={end}, which leaves '
+            f'none of its {count} inputs, or is outside of them')
+    return first, last
 
 
 def _set_neck(neck: dict[str, Any], channels: Sequence[int], key: str,
@@ -141,7 +149,7 @@ def _set_neck(neck: dict[str, Any], channels: Sequence[int], key: str,
                            else type(old)(channels))
     report.change(f'{key}.in_channels', f'{neck["in_channels"]} for {old}',
                   'the channels of the new maps')
-    first = neck.get('start_level', 0)
+    first = take(neck, 'start_level', INT, key, 0)
     if first and type_name(neck) in _INPUTS_BY_NUMBER:
         report.leave(f'{key}.start_level', f'{first}, kept: {type_name(neck)} '
                      'knows its inputs by their numbers. The norms of the '
@@ -153,8 +161,8 @@ def _set_neck(neck: dict[str, Any], channels: Sequence[int], key: str,
                       'the backbone no longer makes maps that nobody reads: '
                       'their norms would get no gradient, which stops '
                       'distributed training')
-    if neck.get('end_level', -1) >= 0:
-        end = neck['end_level']
+    end = take(neck, 'end_level', INT, key, -1)
+    if end >= 0:
         neck['end_level'] = -1
         report.change(f'{key}.end_level', f'-1 for {end}',
                       'the same maps, counted from the new first one')
@@ -214,10 +222,11 @@ def pyramid_rescales(arch: Arch,
 def _fit_ssd(model: dict[str, Any], neck: dict[str, Any],
              channels: Sequence[int], key: str, report: Report) -> None:
     """SSD's neck hands the backbone's maps on, so heads see their widths."""
-    for name, node in (('neck.out_channels', neck),
-                       ('bbox_head.in_channels', model['bbox_head'])):
-        field = name.split('.')[1]
-        old = node[field]
+    head = take(model, 'bbox_head', DICT, key)
+    for part, field, node in (('neck', 'out_channels', neck),
+                              ('bbox_head', 'in_channels', head)):
+        name = f'{part}.{field}'
+        old = take(node, field, INTS, f'{key}.{part}')
         node[field] = type(old)([*channels, *old[len(channels):]])
         report.change(f'{key}.{name}', f'{node[field]} for {old}',
                       "SSD's neck hands on the backbone's maps")
@@ -280,7 +289,8 @@ def _set_widths(node: Any, new: dict[int, int], key: str,
     extracts = 'featmap_strides' in node
     for name in ('in_channels', *(('out_channels', ) if extracts else ())):
         old = node.get(name)
-        if isinstance(old, (list, tuple)) and all(c in new for c in old):
+        if isinstance(old, (list, tuple)) and all(
+                isinstance(c, int) and c in new for c in old):
             node[name] = type(old)([new[c] for c in old])
         elif isinstance(old, int) and old in new:
             node[name] = new[old]

@@ -57,7 +57,8 @@ def use_imagenet_rgb(cfg: dict[str, Any], report: Report) -> None:
 def _follow(cfg: dict[str, Any], old_mean: list, report: Report) -> None:
     """Let transforms that fill with the mean (Expand) fill with the new."""
     for key, node in _walk(cfg):
-        if 'std' in node or 'to_rgb' not in node or 'mean' not in node:
+        if 'std' in node or 'to_rgb' not in node or not _are_numbers(
+                node.get('mean')):
             continue
         if _same(list(node['mean']), old_mean) and not node['to_rgb']:
             node.update(mean=list(MEAN), to_rgb=True)
@@ -69,9 +70,12 @@ def _is_normalisation(node: dict[str, Any]) -> bool:
     kind = type_name(node)
     if kind and not ('rocessor' in kind or kind.endswith('Normalize')):
         return False
-    return all(isinstance(node.get(name), (list, tuple)) and all(
-        isinstance(value, (int, float)) for value in node[name])
-               for name in ('mean', 'std'))
+    return _are_numbers(node.get('mean')) and _are_numbers(node.get('std'))
+
+
+def _are_numbers(values: object) -> bool:
+    return isinstance(values, (list, tuple)) and all(
+        isinstance(value, (int, float)) for value in values)
 
 
 def _order_key(node: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from .fields import NAMES, take
 from .report import Report, short, type_name
 
 _UNUSED_IMPORTS = ('mmpretrain', 'mmcls', 'mmdet', 'mmseg')
@@ -72,10 +73,10 @@ def _drop_variables(cfg: dict[str, Any], old: dict[str, Any],
                     report: Report) -> None:
     """Helper variables of the file that held the old backbone's address."""
     init = old.get('init_cfg') or {}
-    addresses = {init.get('checkpoint') if isinstance(init, dict) else None,
-                 old.get('pretrained')} - {None, ''}
+    addresses = [init.get('checkpoint') if isinstance(init, dict) else None,
+                 old.get('pretrained')]
     for name in [n for n, value in cfg.items()
-                 if isinstance(value, str) and value in addresses]:
+                 if isinstance(value, str) and value and value in addresses]:
         del cfg[name]
         report.change(name, 'removed',
                       "this variable held the old backbone's weights")
@@ -87,7 +88,7 @@ def _drop_imports(cfg: dict[str, Any], old: dict[str, Any],
     imports = cfg.get('custom_imports')
     if not isinstance(imports, dict) or not imports.get('imports'):
         return
-    names = imports['imports']
+    names = take(imports, 'imports', NAMES, 'custom_imports')
     names = [names] if isinstance(names, str) else list(names)
     kinds = [str(node.get('type')) for _, node in _walk(cfg, '')]
     scope = str(old.get('type')).rpartition('.')[0].split('.')[0]

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .fields import MAYBE_DICT, OPTIONS, take
 from .report import Report, short, type_name
 
 # Tables of the RP backbones that are no norms and no biases, as in configs/.
@@ -116,7 +117,8 @@ def find_batch(cfg: dict[str, Any],
     Returns:
         tuple[int | None, str]: The number, None if unknown, and its source.
     """
-    batch = (cfg.get('auto_scale_lr') or {}).get('base_batch_size')
+    scale = take(cfg, 'auto_scale_lr', MAYBE_DICT, '', None) or {}
+    batch = scale.get('base_batch_size')
     if isinstance(batch, int) and batch > 0:
         return batch, 'auto_scale_lr.base_batch_size'
     named = re.search(r'(?:^|[_-])(\d+)xb(\d+)', osp.basename(filename or ''))
@@ -162,7 +164,8 @@ def _scale_bounds(cfg: dict[str, Any], ratio: float, report: Report) -> None:
 def _free_of_decay(wrapper: dict[str, Any], old_names: Sequence[str],
                    report: Report) -> None:
     """No weight decay on norms, biases and tables; drop the old keys."""
-    old = dict(wrapper.get('paramwise_cfg') or {})
+    key = 'optim_wrapper'
+    old = dict(take(wrapper, 'paramwise_cfg', MAYBE_DICT, key, None) or {})
     constructor = wrapper.get('constructor')
     if type_name(dict(type=constructor)) in _LAYER_DECAY:
         del wrapper['constructor']
@@ -172,7 +175,10 @@ def _free_of_decay(wrapper: dict[str, Any], old_names: Sequence[str],
     elif constructor is not None:
         report.leave('optim_wrapper.constructor', f'{constructor}, kept')
     custom = {}
-    for name, options in (old.pop('custom_keys', None) or {}).items():
+    options_by_name = take(old, 'custom_keys', OPTIONS,
+                           f'{key}.paramwise_cfg', None)
+    old.pop('custom_keys', None)
+    for name, options in (options_by_name or {}).items():
         if name.lstrip('.') in FREE_OF_DECAY:
             continue  # ours, which come below
         reason = _is_for_old_backbone(name, old_names)

@@ -127,8 +127,8 @@ def _explained(cfg: Mapping[str, Any], key: str) -> Iterator[None]:
     """Turn what a host's class raises into a SwapError."""
     try:
         yield
-    except (AssertionError, AttributeError, ImportError, LookupError,
-            NotImplementedError, RuntimeError, TypeError,
+    except (ArithmeticError, AssertionError, AttributeError, ImportError,
+            LookupError, NotImplementedError, OSError, RuntimeError, TypeError,
             ValueError) as error:
         raise SwapError(
             f'{key}: the old backbone {type_name(cfg)} cannot be run, so what '

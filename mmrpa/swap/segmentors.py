@@ -5,8 +5,17 @@ from typing import Any
 
 from .archs import Arch
 from .detectors import PYRAMID_NECK, fit_detector, pyramid_rescales
+from .fields import (
+    INT,
+    INT_OR_INTS,
+    INTS,
+    MAYBE_INT_OR_INTS,
+    PARTS,
+    SCALES,
+    take,
+)
 from .probe import Probe
-from .report import Report, SwapRefused, short, type_name
+from .report import Report, SwapError, SwapRefused, short, type_name
 
 # Networks whose branches, context paths and skips are in their backbone.
 _OWN_BACKBONES = ('UNet', 'ICNet', 'BiSeNetV1', 'BiSeNetV2', 'CGNet', 'DDRNet',
@@ -48,23 +57,31 @@ def fit_segmentor(model: dict[str, Any], old: Probe, arch: Arch, key: str,
     Args, Returns and Raises: see :func:`fit_detector`.
     """
     heads = list(_readers(model, key))
+    for head_key, head in heads:
+        take(head, 'in_channels', INT_OR_INTS, head_key)
+        take(head, 'in_index', MAYBE_INT_OR_INTS, head_key, None)
+    if not heads:
+        raise SwapError(f'{key}.decode_head is missing: it must be a dict, or '
+                        'a list of dicts')
     if any(m.with_token for m in old.maps) and any(
             'DPT' in type_name(head) for _, head in heads):
         raise SwapRefused('a head that reads CLS tokens',
                           f'{key}.decode_head is {type_name(heads[0][1])}; '
                           'RP backbones give maps only')
-    neck = model.get('neck')
+    neck = take(model, 'neck', PARTS, key, None)
     if isinstance(neck, dict) and type_name(neck) in _RESCALING_NECKS:
         return _fit_rescaled(model, neck, heads, old, arch, key, report)
     if isinstance(neck, dict):
+        if type_name(neck) == 'JPU':
+            for name, kind in (('in_channels', INTS), ('mid_channels', INT)):
+                take(neck, name, kind, f'{key}.neck')
+            take(neck, 'dilations', INTS, f'{key}.neck', None)
         options = fit_detector(model, old, arch, key, report)
         if type_name(neck) == 'JPU':
             _fit_behind_jpu(neck, heads, report)
         return options
     read = sorted({i for _, head in heads for i in _indices(head, old)})
     strides = [old.maps[i].stride for i in read]
-    if None in strides:
-        raise SwapRefused('no maps', f'{key}.backbone gives vectors')
     if arch.plain:
         return _fit_plain(model, heads, read, old, arch, key, report)
     if len(set(strides)) == len(strides) and not _is_dilated(old, read):
@@ -95,10 +112,10 @@ def _readers(model: dict[str, Any],
     heads of K-Net read their forerunner alone.
     """
     for name in ('decode_head', 'auxiliary_head'):
-        heads = model.get(name)
+        heads = take(model, name, PARTS, key, None)
         listed = isinstance(heads, (list, tuple))
         for i, head in enumerate(heads if listed else [heads]):
-            if not isinstance(head, dict):
+            if head is None:
                 continue
             head_key = f'{key}.{name}.{i}' if listed else f'{key}.{name}'
             if isinstance(head.get('kernel_generate_head'), dict):
@@ -113,20 +130,10 @@ def _indices(head: dict[str, Any], old: Probe) -> list[int]:
     Raises:
         SwapRefused: A map that the backbone does not give.
     """
-    total = len(old.maps)
-    index = head.get('in_index')
-    if index is None:
-        many = isinstance(head.get('in_channels'), (list, tuple))
-        index = range(len(head['in_channels'])) if many else -1
-    indices = [index] if isinstance(index, int) else list(index)
-    if 'c1_in_channels' in head and head['c1_in_channels']:
-        indices = [*indices, 0] if 0 not in indices else indices
-    if any(not -total <= i < total for i in indices):
-        raise SwapRefused(
-            'the config does not fit its own backbone',
-            f'a {type_name(head)} reads the maps {indices}, and the old '
-            f'backbone gives {total}')
-    return [i % total for i in indices]
+    indices = _given(head, len(old.maps), 'the old backbone')
+    if head.get('c1_in_channels') and 0 not in indices:
+        indices.append(0)
+    return indices
 
 
 def _is_dilated(old: Probe, read: Sequence[int]) -> bool:
@@ -185,8 +192,7 @@ def _fit_concat(heads: list[tuple[str, dict[str, Any]]], old: Probe,
     """Dilated maps, one a head: resize and concatenate stages."""
     wanted = {}
     for head_key, head in heads:
-        index = head.get('in_index', -1)
-        deep = index % len(old.maps) if isinstance(index, int) else max(index)
+        deep = max(_indices(head, old))
         first, = arch.stages([old.maps[deep].stride])
         # The old backbone's stages count as the pyramid's do.
         last = min(deep + len(arch.strides) - len(old.maps),
@@ -295,8 +301,14 @@ def _fit_rescaled(model: dict[str, Any], neck: dict[str, Any],
                   arch: Arch, key: str, report: Report) -> dict[str, Any]:
     """A plain ViT whose neck makes a pyramid of its maps."""
     rescaling = type_name(neck) == PYRAMID_NECK
-    scales = neck.get('rescales' if rescaling else 'scales',
-                      [4, 2, 1, 0.5] if rescaling else [0.5, 1, 2, 4])
+    scales = take(neck, 'rescales' if rescaling else 'scales', SCALES,
+                  f'{key}.neck',
+                  [4, 2, 1, 0.5] if rescaling else [0.5, 1, 2, 4])
+    if len(scales) != len(old.maps):
+        raise SwapRefused(
+            'the config does not fit its own backbone',
+            f'{key}.neck makes {len(scales)} maps, and the old backbone gives '
+            f'{len(old.maps)}')
     if arch.plain:
         indices = arch.blocks(len(old.maps))
         width = arch.channels[0]
@@ -309,7 +321,7 @@ def _fit_rescaled(model: dict[str, Any], neck: dict[str, Any],
                 _point(head, _given(head, len(scales)), widths, head_key,
                        report)
         else:
-            kind = type(neck['in_channels'])
+            kind = type(take(neck, 'in_channels', INTS, f'{key}.neck'))
             neck['in_channels'] = kind([width] * len(indices))
             report.change(f'{key}.neck.in_channels', str(neck['in_channels']),
                           'the channels of the new maps')
@@ -329,11 +341,24 @@ def _fit_rescaled(model: dict[str, Any], neck: dict[str, Any],
     return dict(out_indices=indices)
 
 
-def _given(head: dict[str, Any], total: int) -> list[int]:
-    """The maps that a head behind a neck reads."""
-    index = head.get('in_index', -1)
-    return [i % total for i in ([index] if isinstance(index, int)
-                                else index)]
+def _given(head: dict[str, Any], total: int,
+           source: str = 'the neck') -> list[int]:
+    """The maps that a head reads, of ``total`` that it is given.
+
+    Raises:
+        SwapRefused: One that is not among them.
+    """
+    index = head.get('in_index')
+    if index is None:
+        many = not isinstance(head['in_channels'], int)
+        index = range(len(head['in_channels'])) if many else -1
+    indices = [index] if isinstance(index, int) else list(index)
+    if any(not -total <= i < total for i in indices):
+        raise SwapRefused(
+            'the config does not fit its own backbone',
+            f'a {type_name(head)} reads the maps {indices}, and {source} '
+            f'gives {total}')
+    return [i % total for i in indices]
 
 
 def _fit_plain(model: dict[str, Any], heads: list[tuple[str, dict[str, Any]]],
