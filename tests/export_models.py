@@ -57,6 +57,31 @@ def write_classifier(folder: Path, name: str = 'RPSwin',
     return path
 
 
+def write_segmentor(folder: Path, out_channels: int = 2, **model: Any
+                    ) -> Path:
+    """A config of mmseg with one small block, and two classes."""
+    head = dict(type='FCNHead', in_channels=32, channels=8, num_convs=1,
+                in_index=0, num_classes=2, out_channels=out_channels,
+                threshold=0.4 if out_channels == 1 else None,
+                loss_decode=dict(type='CrossEntropyLoss',
+                                 use_sigmoid=out_channels == 1))
+    backbone = dict(SMALL['RPPVT'], type='mmrpa.RPPVT', norm_cfg=dict(
+        type='BN'), num_representatives=8)
+    cfg = dict(
+        type='EncoderDecoder', backbone=backbone, decode_head=head,
+        train_cfg=dict(), test_cfg=dict(mode='whole'), data_preprocessor=dict(
+            type='SegDataPreProcessor', mean=[120., 110, 100],
+            std=[60., 50, 40], bgr_to_rgb=True, size=(64, 64)))
+    cfg.update(model)
+    path = folder / 'segmentor.py'
+    Config(dict(
+        default_scope='mmseg', model=cfg,
+        test_dataloader=dict(dataset=dict(
+            type='BaseSegDataset', metainfo=dict(classes=('no', 'yes')),
+            pipeline=[PIPELINE[0], dict(type='PackSegInputs')])))).dump(path)
+    return path
+
+
 def write_weights(config: Path, seed: int = 1) -> Path:
     """A checkpoint of a config, with statistics that are not 0 and 1."""
     torch.manual_seed(seed)

@@ -91,7 +91,8 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         CheckError: The file computes something else than the model.
         ExportError: The model cannot be exported, or packages are missing.
-        FileNotFoundError: A config or checkpoint is missing.
+        OSError: A config or checkpoint is missing, or the file cannot be
+            written.
         ValueError: Something given does not fit.
     """
     check_arguments(args.out, args.file_format, args.opset, args.sizes)
@@ -100,6 +101,11 @@ def run(args: argparse.Namespace) -> None:
         None if args.checkpoint == RANDOM else args.checkpoint,
         part=args.what, output=args.output, normalize=args.normalize,
         cfg_options=args.cfg_options)
+    if model.windows:
+        print('note: the config predicts in windows and averages them ('
+              + ', '.join(f'{k}={v}' for k, v in model.windows.items()) +
+              '); the file computes whole images. For the numbers of the '
+              'host, give it such windows')
     started = time.time()
     print(f'exporting {args.config} ({model.part}), which can take minutes',
           flush=True)
@@ -122,7 +128,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except (CheckError, ExportError) as error:
         print(f'export_onnx: {error}; nothing was written', file=sys.stderr)
         return 1
-    except (FileNotFoundError, TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         print(f'export_onnx: {error}', file=sys.stderr)
         return 2
     return 0

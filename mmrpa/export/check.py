@@ -100,11 +100,10 @@ def _label_error(got: Tensor, model: ExportModel, image: Tensor) -> float:
     if model.normalize:
         image = (image - model.mean) / model.std
     logits = model.compute_logits(image)
-    if logits.shape[1] == 1:
+    if model.threshold is not None:
         probability = logits[:, 0].sigmoid()
-        threshold = model.model.decode_head.threshold
-        wrong = (probability > threshold).long() != got
-        loss = (probability - threshold).abs() * wrong
+        wrong = (probability > model.threshold).long() != got
+        loss = (probability - model.threshold).abs() * wrong
     else:
         if got.min() < 0 or got.max() >= logits.shape[1]:
             return float('inf')

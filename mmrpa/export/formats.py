@@ -1,6 +1,7 @@
 """Writing a model as an ONNX file or a torch.export program."""
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -68,6 +69,7 @@ def export_model(model: ExportModel, path: Path, *, file_format: str = 'onnx',
     Raises:
         CheckError: The file computes something else.
         ExportError: torch cannot export the model, or packages are missing.
+        OSError: The file cannot be written.
         ValueError: An argument does not fit.
     """
     check_arguments(path, file_format, opset, sizes, model.smallest_side)
@@ -200,8 +202,13 @@ def _write_onnx(program: ExportedProgram, model: ExportModel, path: Path,
 
 def _load_onnx(path: Path) -> Callable[[Tensor], List[Tensor]]:
     import onnxruntime
-    session = onnxruntime.InferenceSession(
-        str(path), providers=['CPUExecutionProvider'])
+    try:
+        session = onnxruntime.InferenceSession(
+            str(path), providers=['CPUExecutionProvider'])
+    except _onnxruntime_errors() as error:
+        raise CheckError(
+            f'onnxruntime {onnxruntime.__version__} cannot load the file: '
+            f'{_first_line(error)}') from error
 
     def run(image: Tensor) -> List[Tensor]:
         try:
@@ -215,7 +222,8 @@ def _load_onnx(path: Path) -> Callable[[Tensor], List[Tensor]]:
 
 def _onnxruntime_errors() -> Tuple[Type[Exception], ...]:
     from onnxruntime.capi import onnxruntime_pybind11_state as state
-    return (state.Fail, state.InvalidArgument, state.NotImplemented,
+    return (state.Fail, state.InvalidArgument, state.InvalidGraph,
+            state.InvalidProtobuf, state.NotImplemented,
             state.RuntimeException)
 
 
@@ -228,8 +236,11 @@ def _cannot_run(runtime: str, image: Tensor,
 
 def _write_program(program: ExportedProgram, model: ExportModel, path: Path,
                    meta: Dict[str, Any], opset: int) -> None:
-    torch.export.save(program, str(path),
+    # Into memory: on a full disk torch's own writer ends the process.
+    content = io.BytesIO()
+    torch.export.save(program, content,
                       extra_files={META_FILE: json.dumps(meta)})
+    path.write_bytes(content.getbuffer())
 
 
 def _load_program(path: Path) -> Callable[[Tensor], Sequence[Tensor]]:

@@ -97,11 +97,9 @@ class ExportModel(nn.Module):
 
     def choose_labels(self, logits: Tensor) -> Tensor:
         """Logits to the index of the best class, int64."""
-        if logits.shape[1] > 1:
+        if self.threshold is None:
             return logits.argmax(dim=1)
-        # One channel stands for two classes, as in mmseg's postprocess.
-        threshold = self.model.decode_head.threshold
-        return (logits[:, 0].sigmoid() > threshold).long()
+        return (logits[:, 0].sigmoid() > self.threshold).long()
 
     def for_export(self) -> 'ExportModel':
         """A copy that computes the same by what all runtimes know."""
@@ -116,6 +114,25 @@ class ExportModel(nn.Module):
     def input_channels(self) -> int:
         """Channels of the image."""
         return self.backbone.in_channels
+
+    @property
+    def threshold(self) -> Optional[float]:
+        """From which probability on a pixel is of class 1, else None.
+
+        One channel stands for two classes, as in mmseg's postprocessing.
+        """
+        if self.scope != 'mmseg' or self.model.decode_head.out_channels > 1:
+            return None
+        return self.model.decode_head.threshold
+
+    @property
+    def windows(self) -> Dict[str, Any]:
+        """``crop_size`` and ``stride`` if the host predicts in windows."""
+        test_cfg = getattr(self.model, 'test_cfg', None) or {}
+        if self.part != 'whole' or test_cfg.get('mode') != 'slide':
+            return {}
+        return dict(crop_size=list(test_cfg['crop_size']),
+                    stride=list(test_cfg['stride']))
 
     @property
     def smallest_side(self) -> int:
@@ -141,6 +158,7 @@ class ExportModel(nn.Module):
             std=self.std.flatten().tolist(),
             channel_order=self.channel_order,
             pad_size_divisor=self.pad_size_divisor,
+            windows=self.windows,
             classes=list(self.classes))
 
     # How it is put together.
@@ -165,6 +183,8 @@ class ExportModel(nn.Module):
         if attribute and getattr(model, attribute, None) is None:
             raise ConfigError(f'{config}: part={self.part!r} needs '
                               f'model.{attribute}, which is not there')
+        if self.output == 'labels' and self.scope == 'mmpretrain':
+            _check_one_class(model.head)
 
     def _load_backbone(self, source: RoutingModel, state: Mapping[str, Tensor],
                        checkpoint: str) -> None:
@@ -191,7 +211,10 @@ class ExportModel(nn.Module):
         # mmcv reads images as BGR.
         self.channel_order = ('RGB' if to_rgb else 'BGR'
                               ) if self.input_channels == 3 else 'any'
-        self.pad_size_divisor = int(cfg.get('pad_size_divisor') or 1)
+        # mmseg pads in tests only where test_cfg says so.
+        padding = ((cfg.get('test_cfg') or {}).get('size_divisor')
+                   if self.scope == 'mmseg' else cfg.get('pad_size_divisor'))
+        self.pad_size_divisor = int(padding or 1)
         self.normalize = normalize
         for name, neutral in (('mean', 0.), ('std', 1.)):
             value = getattr(module, name, None)
@@ -200,6 +223,17 @@ class ExportModel(nn.Module):
             self.register_buffer(
                 name, value.detach().float().reshape(1, -1, 1, 1).clone(),
                 persistent=False)
+
+
+def _check_one_class(head: nn.Module) -> None:
+    from mmpretrain.models.heads import ClsHead
+
+    # Of several labels, or of numbers, the largest is not the prediction.
+    if (getattr(type(head), '_get_predictions', None)
+            is not ClsHead._get_predictions):
+        raise ValueError(
+            f"output='labels' is the index of the best class, which is not "
+            f"what {type(head).__name__} predicts; use output='logits'")
 
 
 def _as_tuple(value: Any) -> Tuple[Tensor, ...]:

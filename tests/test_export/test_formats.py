@@ -1,10 +1,18 @@
 """What an export computes, and what it does when that is wrong."""
 
+import errno
 import json
+import resource
 
 import pytest
 import torch
-from export_models import SMALL, load, write_classifier, write_weights
+from export_models import (
+    SMALL,
+    load,
+    write_classifier,
+    write_segmentor,
+    write_weights,
+)
 
 from mmrpa.export import CHECK_SIZES, CheckError, ExportModel, export_model
 from mmrpa.export.check import check_program
@@ -126,6 +134,107 @@ def test_check_of_labels(config):
         check_program(lambda x: [1 - model(x)[0]], model)
     with pytest.raises(CheckError, match='differs by inf'):
         check_program(lambda x: [model(x)[0] + 2], model)
+
+
+def test_binary_segmentor_has_the_threshold_of_its_host(tmp_path):
+    """One channel for two classes: argmax would be 0 everywhere."""
+    config = write_segmentor(tmp_path, out_channels=1)
+    write_weights(config)
+    model = load(config, output='labels')
+    assert model.threshold == 0.4
+    image = torch.randn(2, 3, 48, 40)
+    with torch.no_grad():
+        got, = model(image)
+        want = model.model.postprocess_result(model.compute_logits(image))
+    want = torch.stack([sample.pred_sem_seg.data[0] for sample in want])
+    assert want.unique().tolist() == [0, 1]
+    assert got.equal(want.long())
+    check_program(model, model)
+
+
+@pytest.mark.parametrize('head', [
+    dict(type='MultiLabelLinearClsHead', num_classes=2, in_channels=32),
+    dict(type='CSRAClsHead', num_classes=2, in_channels=32, num_heads=1,
+         lam=0.1)])
+def test_several_labels_have_no_best(head, config):
+    def build(output):
+        return ExportModel(str(config), output=output, cfg_options={
+            'model.head': dict(_delete_=True, **head)})
+    with pytest.raises(ValueError, match=f"what {head['type']} predicts; use"):
+        build('labels')
+    build('logits')
+
+
+def test_one_class_of_one_is_the_first(config):
+    model = ExportModel(str(config), output='labels', cfg_options={
+        'model.head.num_classes': 1})
+    assert model(torch.zeros(2, 3, 40, 40))[0].tolist() == [0, 0]
+    check_program(model, model)
+
+
+@pytest.mark.parametrize('divisor', [None, 32])
+def test_padding_of_a_segmentor_is_that_of_its_tests(divisor, tmp_path):
+    config = write_segmentor(tmp_path)
+    options = {} if divisor is None else {
+        'model.data_preprocessor.test_cfg': dict(size_divisor=divisor)}
+    model = ExportModel(str(config), cfg_options=options)
+    from mmseg.structures import SegDataSample
+    image = torch.zeros(3, 40, 70)
+    data = model.model.data_preprocessor(
+        dict(inputs=[image], data_samples=[SegDataSample()]))
+    multiple = model.describe()['pad_size_divisor']
+    assert multiple == (divisor or 1)
+    assert data['inputs'].shape[2:] == tuple(
+        -(-side // multiple) * multiple for side in image.shape[1:])
+
+
+def test_windows_of_a_segmentor_are_in_the_metadata(tmp_path):
+    config = write_segmentor(tmp_path)
+    slide = {'model.test_cfg': dict(mode='slide', crop_size=(64, 64),
+                                    stride=(42, 42))}
+    assert ExportModel(str(config)).describe()['windows'] == {}
+    model = ExportModel(str(config), cfg_options=slide)
+    assert model.describe()['windows'] == dict(crop_size=[64, 64],
+                                               stride=[42, 42])
+    assert ExportModel(str(config), cfg_options=slide, part='backbone'
+                       ).windows == {}
+
+
+@pytest.mark.parametrize('content', [b'', b'no model', None])
+def test_file_that_does_not_load_is_no_traceback(content, config, tmp_path,
+                                                 monkeypatch):
+    """Cut, something else, and a graph with an operator of nobody."""
+    import onnx
+    if content is None:
+        graph = onnx.helper.make_graph(
+            [onnx.helper.make_node('Nobody', ['image'], ['y'])], 'g', [
+                onnx.helper.make_tensor_value_info('image', 1, [1])], [
+                onnx.helper.make_tensor_value_info('y', 1, [1])])
+        content = onnx.helper.make_model(graph).SerializeToString()
+    import mmrpa.export.formats as formats
+    monkeypatch.setattr(formats, '_write_onnx',
+                        lambda program, model, path, *_: path.write_bytes(
+                            content))
+    with pytest.raises(CheckError, match='onnxruntime .* cannot load the '):
+        export_model(load(config), tmp_path / 'model.onnx')
+    assert not list(tmp_path.glob('*model*'))
+
+
+@pytest.mark.parametrize('file_format, suffix', [('onnx', 'onnx'),
+                                                 ('torch-export', 'pt2')])
+def test_full_disk_leaves_no_file(file_format, suffix, config, tmp_path):
+    """A real write that does not fit; torch's own writer would abort."""
+    model = load(config)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError) as caught:
+            export_model(model, tmp_path / f'model.{suffix}',
+                         file_format=file_format)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.errno == errno.EFBIG
+    assert not list(tmp_path.glob('*model*'))
 
 
 def test_backbone_weights_alone(config, tmp_path):

@@ -1,7 +1,7 @@
 """What tools/export_onnx.py refuses, and that it does so at once."""
 
 import pytest
-from export_models import write_classifier, write_weights
+from export_models import write_classifier, write_segmentor, write_weights
 from helpers import TOOLS, load_tool
 
 QUICKSTART = TOOLS.parent / 'configs' / 'mmdet' / 'quickstart'
@@ -49,6 +49,30 @@ def test_failed_check_is_said(tool, tmp_path, capsys, monkeypatch):
     assert tool.main(['classifier.py', 'weights.pth']) == 1
     assert capsys.readouterr().err == (
         'export_onnx: output 0 differs by 1.0e+00; nothing was written\n')
+
+
+def test_folder_that_cannot_be_written(tool, capsys):
+    """Even by root."""
+    assert tool.main(['classifier.py', 'weights.pth', '-o',
+                      '/sys/x.onnx']) == 2
+    error = capsys.readouterr().err
+    assert error.startswith('export_onnx: [Errno ') and error.count('\n') == 1
+    assert '/sys/' in error
+
+
+def test_windows_are_said(tool, tmp_path, capsys, monkeypatch):
+    config = str(write_segmentor(tmp_path))
+
+    def stop(*args, **kwargs):
+        raise tool.CheckError('stopped')
+    monkeypatch.setattr(tool, 'export_model', stop)
+    tool.main([config, 'random'])
+    assert 'note' not in capsys.readouterr().out
+    tool.main([config, 'random', '--cfg-options', 'model.test_cfg.mode=slide',
+               'model.test_cfg.crop_size=(64,64)',
+               'model.test_cfg.stride=(42,42)'])
+    assert ('predicts in windows and averages them (crop_size=[64, 64], '
+            'stride=[42, 42])') in capsys.readouterr().out
 
 
 def test_missing_packages_are_named(tool, capsys, monkeypatch):
