@@ -53,6 +53,12 @@ QUICK = (
     'test_tools/test_dist.py::test_one_process_trains_and_tests_a_segmentor')
 
 
+# Options of pytest whose value, the next argument, may look like a test.
+_WITH_VALUE = ('-c', '-k', '-m', '-o', '-p', '--basetemp', '--config-file',
+               '--confcutdir', '--deselect', '--ignore', '--ignore-glob',
+               '--junit-xml', '--junitxml', '--log-file', '--rootdir')
+
+
 def parse_args(argv: list[str] | None = None) -> tuple:
     """Read the command line: our arguments, and those for pytest."""
     parser = argparse.ArgumentParser(
@@ -76,6 +82,37 @@ def select(quick: bool) -> list[str]:
     return args + [f'--ignore=tests/{path}' for path in LEFT_OUT]
 
 
+def locate(args: list[str]) -> tuple[list[str], bool]:
+    """Tests among arguments for pytest, as it finds them from our folder.
+
+    Args:
+        args (list[str]): Paths may be relative to the working folder, where
+            they are looked for first, or to the project's.
+
+    Returns:
+        tuple: The arguments, and whether there is a test among them.
+
+    Raises:
+        OriginalsError: There is no such file or folder.
+    """
+    found, own = [], False
+    for before, arg in zip(['', *args], args, strict=False):
+        path, *names = arg.split('::')
+        named = path.endswith('.py') or path.split(os.sep)[0] == 'tests'
+        if before in _WITH_VALUE or arg.startswith('-'):
+            found.append(arg)
+            continue
+        here = next((place for place in (Path(path).resolve(),
+                                         (ROOT / path).resolve())
+                     if place.exists()
+                     and place.is_relative_to(ROOT / 'tests')), None)
+        if here is None and named:
+            raise OriginalsError(f'there is no {path!r} under {ROOT}/tests')
+        own |= here is not None
+        found.append(arg if here is None else '::'.join([str(here), *names]))
+    return found, own
+
+
 def report(env: Path, python: Path) -> None:
     """Print what is tested, and what is not."""
     code = ('import mmengine, mmcv, mmpretrain, mmdet, mmseg, torch; '
@@ -84,8 +121,10 @@ def report(env: Path, python: Path) -> None:
             'sep="\\n")')
     done = subprocess.run([python, '-c', code], capture_output=True, text=True)
     if done.returncode:
+        said = done.stderr.strip().splitlines() or [
+            f'the process ended with status {done.returncode}']
         raise OriginalsError(f'the packages in {env} cannot be imported:\n'
-                             f'{done.stderr.strip().splitlines()[-1]}')
+                             f'{said[-1]}')
     print(done.stdout, end='')
     print('  compiled operators of mmcv:', *(
         f'{path.name} of the fork' for path in compiled_operators()))
@@ -100,6 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     args, pytest_args = parse_args(argv)
     env = args.env.resolve()
     try:
+        pytest_args, own = locate(pytest_args)
         if not compiled_operators():
             raise OriginalsError('the fork of mmcv is not installed here, '
                                  'whose compiled operators mmdet and mmseg '
@@ -112,7 +152,6 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     if args.only_prepare:
         return 0
-    own = any(os.path.exists(arg.split('::')[0]) for arg in pytest_args)
     command = [interpreter(env), '-m', 'pytest', '-p', 'no:cacheprovider',
                *(f'--deselect=tests/{name}' for name in DESELECTED),
                *pytest_args, *([] if own else select(args.quick))]

@@ -131,25 +131,75 @@ def test_what_is_left_out_exists(tool):
             assert (TOOLS.parent / 'configs' / case).is_file()
 
 
-@pytest.mark.parametrize('args, selected', [
-    (['-q'], ['-q', 'tests', '--ignore=tests/test_ops']),
-    (['--quick'], ['tests/test_registry.py', '--ignore=tests/test_ops']),
-    ([str(TESTS / 'test_docs.py')], [str(TESTS / 'test_docs.py')]),
-], ids=['all', 'quick', 'own'])
-def test_what_is_run(args, selected, tool, monkeypatch, tmp_path):
-    commands = []
+DOCS = str(TESTS / 'test_docs.py')
+SKIPPED = '--ignore=tests/test_ops'
 
-    def run(command, **options):
-        commands.append(list(map(str, command)))
-        return subprocess.CompletedProcess(command, 5, '', '')
+
+@pytest.fixture
+def run(tool, monkeypatch, tmp_path):
+    """Run the tool from a folder without pytest: its command."""
+    def run(*args, folder=TOOLS.parent):
+        commands = []
+
+        def note(command, **options):
+            commands.append(list(map(str, command)))
+            return subprocess.CompletedProcess(command, 5, '', '')
+
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(tool.subprocess, 'run', note)
+        assert tool.main(['--env', str(tmp_path), *args]) == 5  # pytest's
+        command, = commands
+        assert command[:3] == [f'{tmp_path}/bin/python', '-m', 'pytest']
+        assert sum(a.startswith('--deselect=tests/') for a in command) == len(
+            tool.DESELECTED)
+        return command
 
     monkeypatch.setattr(tool, 'prepare', lambda env: False)
     monkeypatch.setattr(tool, 'report', lambda env, python: None)
-    monkeypatch.setattr(tool.subprocess, 'run', run)
-    assert tool.main(['--env', str(tmp_path), *args]) == 5  # pytest's status
-    command, = commands
-    assert command[:3] == [f'{tmp_path}/bin/python', '-m', 'pytest']
+    return run
+
+
+@pytest.mark.parametrize('args, selected', [
+    (['-q'], ['-q', 'tests']),
+    (['--quick'], ['tests/test_registry.py']),
+    # Values of options, which are folders as well.
+    (['--quick', '-k', 'configs'], ['-k', 'configs',
+                                    'tests/test_registry.py']),
+    (['--junitxml', 'docs'], ['docs', 'tests']),
+    (['--ignore', 'tests/test_swap'], ['tests/test_swap', 'tests']),
+    (['--durations', '5'], ['--durations', '5', 'tests']),
+])
+def test_what_is_run(args, selected, run):
+    command = run(*args)
     assert set(selected) <= set(command)
-    assert ('--ignore=tests/test_ops' in command) == (len(selected) > 1)
-    assert sum(a.startswith('--deselect=tests/') for a in command) == len(
-        tool.DESELECTED)
+    assert SKIPPED in command
+
+
+@pytest.mark.parametrize('folder, arg, test', [
+    ('.', DOCS, DOCS), ('.', 'tests/test_docs.py', DOCS),
+    ('tests', 'test_docs.py', DOCS), ('tools', 'tests/test_docs.py', DOCS),
+    ('tests', 'test_docs.py::test_x[a/b::c]', DOCS + '::test_x[a/b::c]'),
+    ('tools', '../tests/test_ops', str(TESTS / 'test_ops'))])
+def test_own_paths_are_run_alone_from_any_folder(folder, arg, test, run):
+    for args in ([arg], ['-q', arg], ['--quick', arg, '-x']):
+        command = run(*args, folder=TOOLS.parent / folder)
+        assert [a for a in command if a.startswith(('tests', str(TESTS)))
+                ] == [test]
+        assert not any(a.startswith('--ignore') for a in command)
+
+
+@pytest.mark.parametrize('path', ['tests/test_nothing.py', 'test_no.py::x'])
+def test_path_that_is_not_there_is_an_error(path, tool, monkeypatch, capsys):
+    monkeypatch.setattr(tool, 'prepare', lambda env: pytest.fail('too late'))
+    assert tool.main([path]) == 1
+    assert f'there is no {path.split("::")[0]!r} under' in (
+        capsys.readouterr().err)
+
+
+def test_packages_that_end_their_process_are_named(tool, monkeypatch,
+                                                   tmp_path):
+    monkeypatch.setattr(
+        tool.subprocess, 'run', lambda command, **options:
+        subprocess.CompletedProcess(command, -9, '', ''))
+    with pytest.raises(tool.OriginalsError, match='ended with status -9'):
+        tool.report(tmp_path, tmp_path)
