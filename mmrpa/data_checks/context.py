@@ -59,6 +59,8 @@ class Context:
         options (Options): How much to read.
         steps (list[Mapping]): The transforms of its pipeline, those within
             others included.
+        ignored_by_heads (frozenset[int]): ignore_index of the heads of a
+            segmentor; empty if there are none.
         unread (list[str]): Files that there was too little memory for.
     """
 
@@ -67,11 +69,12 @@ class Context:
     findings: Findings
     options: Options
     steps: list[Mapping] = field(default_factory=list)
+    ignored_by_heads: frozenset[int] = frozenset()
     unread: list[str] = field(default_factory=list)
 
-    def add(self, code: str, example: str) -> None:
-        """Report a problem."""
-        self.findings.add(code, self.where, example)
+    def add(self, code: str, example: str, count: int = 1) -> None:
+        """Report a problem, or several like the example."""
+        self.findings.add(code, self.where, example, count)
 
     def note(self, code: str, text: str) -> None:
         """Report a note."""

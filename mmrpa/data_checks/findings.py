@@ -143,7 +143,12 @@ PROBLEMS = {
     'label-range': Kind(
         'a label beyond the classes: an error on a CPU, a device-side assert '
         'on a GPU, or another class',
-        'correct the labels (255 is ignored), or add the classes'),
+        'correct the labels, or add the classes; 255 is ignored, another '
+        'label if it is ignore_index of all heads'),
+    'label-map-binary': Kind(
+        'label maps of black and white, 0 and 255, for two classes: 255 is '
+        'ignored, so the second class is never learned',
+        'write 1 for 255, as with labels // 255'),
     'reduce-zero-label': Kind(
         'reduce_zero_label does not fit the labels',
         'reduce_zero_label=True is for labels 1 to n where 0 is ignored, '
@@ -204,20 +209,22 @@ class Findings:
         self._groups: dict[tuple[str, str], Group] = {}
         self._notes: dict[tuple[str, str, str], None] = {}
 
-    def add(self, code: str, where: str, example: str) -> None:
+    def add(self, code: str, where: str, example: str,
+            count: int = 1) -> None:
         """Report a problem.
 
         Args:
             code (str): A key of :data:`PROBLEMS`.
             where (str): Dotted key of the dataset.
             example (str): File, id and what is wrong with it.
+            count (int): How many it stands for.
 
         Raises:
             KeyError: If there is no such kind.
         """
         PROBLEMS[code]
         group = self._groups.setdefault((where, code), Group(code, where))
-        group.count += 1
+        group.count += count
         if len(group.examples) < EXAMPLES:
             # JSON can hold halves of characters, which no terminal prints.
             group.examples.append(

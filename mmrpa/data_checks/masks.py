@@ -6,10 +6,15 @@ from collections import Counter
 from typing import NamedTuple
 
 from .context import Context, Histogram
+from .findings import EXAMPLES
 from .images import ImageFacts, read_labels
 from .loaders import map_decoder, step_name
 
-_IGNORED = 255  # the value that mmseg ignores, before and after reduction
+# The value that mmseg ignores, before and after reduction, and what else its
+# loader makes of that by a cast to a byte: all ones, of more bits.
+_IGNORED = frozenset((255, 2**16 - 1, -1))
+_MOST_VALUES = 1000  # wrong ones that are remembered, as floats can be many
+_SURE = 32  # maps that say enough about a whole set
 
 
 class _Pair(NamedTuple):
@@ -91,7 +96,8 @@ class _LabelCheck:
     """The checks of one dataset's maps.
 
     Values are those in the files. With reduce_zero_label, value 0 is ignored
-    and value v is class v - 1; 255 is ignored in any case.
+    and value v is class v - 1; 255 is ignored in any case, and what all heads
+    ignore.
     """
 
     def __init__(self, context: Context, pairs: list[_Pair]) -> None:
@@ -106,7 +112,20 @@ class _LabelCheck:
             type(dataset).METAINFO['classes'] if label_map else classes)
         self.pixels: Counter = Counter()
         self.images: Counter = Counter()
-        self.outside: list[tuple[str, list]] = []
+        self.ignore_index = getattr(dataset, 'ignore_index', 255)
+        # The loss ignores what its head is told; mmseg has no use for the
+        # dataset's. Both are of the labels after the reduction.
+        heads = context.ignored_by_heads or {self.ignore_index}
+        self.unheard = (self.ignore_index != 255
+                        and heads != {self.ignore_index})
+        self.ignored = set(_IGNORED)
+        if len(heads) == 1 and heads != {255}:
+            self.ignored.add(min(heads) + self.reduced)
+        if self.reduced:
+            self.ignored.add(0)
+        self.num_maps = 0
+        self.strange: set[float] = set()  # values that are outside
+        self.outside: list[tuple[str, list]] = []  # examples of maps
         self.num_outside = 0
 
     def check(self) -> Histogram:
@@ -156,27 +175,31 @@ class _LabelCheck:
         if not facts.counts:
             self.context.add('label-map-rgb', f'{path}: {facts.mode}')
             return
+        self.num_maps += 1
+        outside = []
         for value, number in facts.counts.items():
-            self.pixels[value] += number
-            self.images[value] += 1
-        outside = [v for v in facts.counts if not self._is_inside(v)]
+            if self._is_inside(value):
+                self.pixels[value] += number
+                self.images[value] += 1
+            else:
+                outside.append(value)
         if outside:
             self.num_outside += 1
-            if len(self.outside) < 1000:
+            if len(self.outside) < EXAMPLES:
                 self.outside.append((path, outside[:5]))
+            if len(self.strange) < _MOST_VALUES:
+                self.strange.update(outside)
 
     def _is_inside(self, value: float) -> bool:
         first = 1 if self.reduced else 0
-        if value == _IGNORED or (value == 0 and self.reduced):
-            return True
-        return (not self.names
-                or (value == int(value)
-                    and first <= value < first + len(self.names)))
+        return value in self.ignored or (
+            float(value).is_integer()  # NaN and infinity are none
+            and (not self.names
+                 or first <= value < first + len(self.names)))
 
     def _judge_values(self, sampled: bool) -> None:
         number = len(self.names)
-        strange = {v for v in self.pixels if not self._is_inside(v)}
-        if not self.reduced and strange == {number}:
+        if not self.reduced and self.strange == {number}:
             zero = 'and' if 0 in self.pixels else 'without'
             self.context.add(
                 'reduce-zero-label',
@@ -185,14 +208,36 @@ class _LabelCheck:
                 'stands for no class, set reduce_zero_label=True; else '
                 'correct the labels, such as in ' + self.outside[0][0])
             return
-        for path, values in self.outside:
+        unheard = (f'; ignore_index={self.ignore_index} of the dataset is '
+                   'nothing to the loss, set it of all heads'
+                   if self.unheard else '')
+        for index, (path, values) in enumerate(self.outside):
             self.context.add(
                 'label-range', f'{path}: {values}; {number} classes with '
                 f'reduce_zero_label={self.reduced} have the labels '
                 f'{1 if self.reduced else 0} to '
-                f'{number if self.reduced else number - 1}')
-        if self.reduced and number > 1 and not strange:
+                f'{number if self.reduced else number - 1}{unheard}',
+                # the first stands for those that are no examples
+                1 if index else 1 + self.num_outside - len(self.outside))
+        if self.strange:
+            return
+        if self.reduced and number > 1:
             self._judge_reduction(sampled)
+        if not self.reduced and number == 2:
+            self._judge_binary(sampled)
+
+    def _judge_binary(self, sampled: bool) -> None:
+        """Find masks as painting programs write them, of black and white."""
+        values = set(self.pixels)
+        if 0 not in values or not values - {0} or values - {0} - _IGNORED:
+            return
+        text = (f'{self.num_maps} label maps have the labels '
+                f'{sorted(values)} only, so class {self.names[1]!r} gets no '
+                'pixel')
+        if sampled and self.num_maps < _SURE:
+            self.context.note('sampled', text + ' (seen in a part only)')
+        else:
+            self.context.add('label-map-binary', text)
 
     def _judge_reduction(self, sampled: bool) -> None:
         """Find labels that start at 0 though the type drops the 0."""

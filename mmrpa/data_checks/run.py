@@ -102,11 +102,13 @@ def check_data(cfg: Mapping, splits: Sequence[str] = ('train', 'val'),
         ('missing-path', 'annotation-file', 'class-names')
     ]
     scope = cfg.get('default_scope')
+    ignored = frozenset(_ignored_by_heads(cfg.get('model')))
     for where, dataset in _unique_datasets(cfg, splits):
         if any(key == where or key.startswith(f'{where}.')
                for key in hopeless):
             continue
-        histogram = _check_dataset(where, dataset, scope, findings, options)
+        histogram = _check_dataset(where, dataset, scope, findings, options,
+                                   ignored)
         if histogram is not None:
             report.histograms[where] = histogram
     report.seconds = monotonic() - start
@@ -133,8 +135,20 @@ def _unique_datasets(cfg: Mapping, splits: Sequence[str]
                 yield where, dataset
 
 
+def _ignored_by_heads(model: Any) -> Iterator[int]:
+    """ignore_index of the heads of an mmseg segmentor."""
+    for key in ('decode_head', 'auxiliary_head'):
+        heads = model.get(key) if isinstance(model, Mapping) else None
+        for head in heads if isinstance(heads, (list, tuple)) else [heads]:
+            value = head.get('ignore_index', 255) if isinstance(
+                head, Mapping) else None
+            if type(value) is int:
+                yield value
+
+
 def _check_dataset(where: str, cfg: Mapping, scope: str | None,
-                   findings: Findings, options: Options) -> Histogram | None:
+                   findings: Findings, options: Options,
+                   ignored: frozenset[int]) -> Histogram | None:
     cls = find_class(cfg.get('type'), scope)
     check = next((check for module, name, check in _CHECKS
                   if inherits(cls, module, name, 'load_data_list')), None)
@@ -155,7 +169,7 @@ def _check_dataset(where: str, cfg: Mapping, scope: str | None,
                      f'{where}: {type(error).__name__}: {error}')
         return None
     steps = list(_steps(cfg.get('pipeline')))
-    return check(Context(where, dataset, findings, options, steps))
+    return check(Context(where, dataset, findings, options, steps, ignored))
 
 
 def _paths(cfg: Mapping) -> Iterator[str]:

@@ -382,6 +382,31 @@ def label_beyond_a_byte(data):
     Image.fromarray(changed).save(first_map(data))
 
 
+@case('mmseg', 'label-range', '[nan]')
+def label_map_of_floats_with_nan(data):
+    changed = labels(data).astype(np.float32)
+    changed[3, 5] = np.nan
+    Image.fromarray(changed).save(first_map(data), format='TIFF')
+
+
+@case('mmseg', 'label-range', 'ignore_index=20 of the dataset is nothing')
+def label_that_only_the_dataset_ignores(data):
+    changed = labels(data).copy()
+    changed[3, 5] = 21  # 20 after the reduction
+    Image.fromarray(changed).save(first_map(data))
+    data.train.ignore_index = 20
+
+
+@case('mmseg', 'label-map-binary', '12 label maps have the labels [0, 255]')
+def masks_of_black_and_white(data):
+    rewrite(data, lambda x: np.where(x > 1, 255, 0).astype(np.uint8))
+    data.train.update(reduce_zero_label=False,
+                      metainfo=dict(classes=('ground', 'shape'),
+                                    palette=[[0, 0, 0], [9, 9, 9]]))
+    data.cfg.model.decode_head.num_classes = 2
+    data.train_only()
+
+
 @case('mmseg', 'reduce-zero-label', 'the labels go to 6, and 0')
 def zero_is_no_class_but_kept(data):
     data.train.reduce_zero_label = False

@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 from mmdet.datasets import CocoDataset
+from mmseg.datasets.transforms import LoadAnnotations
 from PIL import Image
 
 from mmrpa.data_checks import check_data
@@ -133,6 +134,32 @@ def test_some_of_the_images(make):
         ('sampled', '5 of 12 images were read')] * 2
 
 
+@pytest.mark.parametrize('black_and_white, number', [(True, 1), (False, 0)])
+def test_black_and_white_in_part(black_and_white, number, make):
+    """Five maps say little: a note. A third label says more: nothing."""
+    data = make('mmseg')
+    rewrite_maps(data, lambda x: np.where(x > 1, 255, 0 if black_and_white
+                                          else x).astype(np.uint8))
+    data.train.update(reduce_zero_label=False,
+                      metainfo=dict(classes=('ground', 'shape'),
+                                    palette=[[0, 0, 0], [9, 9, 9]]))
+    data.cfg.model.decode_head.num_classes = 2
+    report = check_data(data.cfg, ('train', ), Options(max_images=5))
+    assert report.findings.problems == []
+    assert sum('[0, 255] only' in text
+               for _, _, text in report.findings.notes) == number
+
+
+def test_every_wrong_map_is_counted(make):
+    data = make('mmseg')
+    rewrite_maps(data, lambda x: x + np.uint8(77))
+    (data.root / 'list.txt').write_text('ADE_train_00000001\n' * 1100)
+    data.train.ann_file = 'list.txt'
+    group, = check_data(data.cfg, ('train', )).findings.problems
+    assert (group.code, group.count) == ('label-range', 1100)
+    assert len(group.examples) == 5
+
+
 def test_every_note_is_tested():
     assert {param.values[1] for param in CASES} == set(NOTES) - {'sampled'}
 
@@ -196,6 +223,35 @@ def maps_with_a_palette(data):
         assert np.array_equal(Image.open(path), indices)
 
 
+def rewrite_maps(data, function) -> None:
+    for path in data.files('annotations/*/*.png'):
+        Image.fromarray(function(np.asarray(Image.open(path)))).save(path)
+
+
+def with_corner(pixels: np.ndarray, value: int, kind: type) -> np.ndarray:
+    pixels = pixels.astype(kind)
+    pixels[0, 0] = value
+    return pixels
+
+
+def ignored_label_of_all_heads(data):
+    # 20 after the reduction
+    rewrite_maps(data, lambda x: with_corner(x, 21, np.uint8))
+    data.cfg.model.decode_head.ignore_index = 20
+
+
+def ignored_label_of_two_bytes(data):
+    rewrite_maps(data, lambda x: with_corner(x, 65535, np.uint16))
+    # What mmseg's loader makes of it is what it ignores.
+    path = data.files('annotations/training/*.png')[0]
+    loaded = dict(seg_map_path=str(path), reduce_zero_label=False,
+                  seg_fields=[])
+    LoadAnnotations().transform(loaded)
+    pixels = np.asarray(Image.open(path))
+    assert (pixels == 65535).any()
+    assert np.array_equal(loaded['gt_seg_map'] == 255, pixels == 65535)
+
+
 def unlabelled_set(data):
     shutil.rmtree(data.root / 'annotations/validation')
     for split in ('val', 'test'):
@@ -222,6 +278,8 @@ def suffix_in_capitals(data):
     ('mmdet', odd_annotations_to_be_ignored),
     ('mmdet', odd_annotations_of_a_class_left_out),
     ('mmseg', maps_with_a_palette),
+    ('mmseg', ignored_label_of_all_heads),
+    ('mmseg', ignored_label_of_two_bytes),
     ('mmseg', unlabelled_set),
     ('mmpretrain', names_that_are_not_the_folders),
     ('mmpretrain', suffix_in_capitals),
