@@ -37,3 +37,22 @@ def check(rank: int, config: str, marker: Path) -> list:
     except DataError as caught:
         error = str(caught)
     return [error, marker.exists()]
+
+
+def check_and_fail(rank: int) -> str:
+    """Let the check of the first process fail.
+
+    Returns:
+        str: What the hook raises.
+    """
+    hook = DataCheckHook()
+
+    def read(cfg, splits):
+        raise RecursionError('a mistake of the check')
+
+    hook.read = read
+    try:
+        hook.before_train(SimpleNamespace(cfg=Config()))
+    except RuntimeError as caught:
+        return f'{type(caught).__name__}: {caught}'
+    return ''

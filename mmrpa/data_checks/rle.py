@@ -25,7 +25,7 @@ def read_runs(counts: str | bytes) -> list[int]:
     Raises:
         RLEError: If it has other characters or ends within a number.
     """
-    codes = counts.encode() if isinstance(counts, str) else counts
+    codes = map(ord, counts) if isinstance(counts, str) else counts
     runs: list[int] = []
     value = shift = 0
     for code in codes:

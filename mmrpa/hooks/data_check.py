@@ -1,6 +1,7 @@
 """The quick part of the checks of data, before the first step."""
 
 import logging
+import os.path as osp
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -8,7 +9,7 @@ from mmengine.dist import broadcast_object_list, get_rank, get_world_size
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 
-from ..preflight import ConfigError
+from ..preflight import ConfigError, iter_datasets
 from ..registry import HOOKS
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class DataCheckHook(Hook):
         ValueError: An argument is wrong.
         DataError: (a ValueError) When training starts, in all processes: the
             data has problems. The message lists them with their fixes.
+        RuntimeError: When training starts, in all processes but the first:
+            the check itself failed there.
     """
 
     priority = 'VERY_HIGH'
@@ -67,8 +70,18 @@ class DataCheckHook(Hook):
             return
         from ..data_checks import DataError
         # A process that stopped alone would leave the others waiting.
-        message = [self._check(runner) if get_rank() == 0 else '']
+        message: list[str | None] = [None]
+        try:
+            if get_rank() == 0:
+                message = [self._check(runner)]
+        except Exception:
+            broadcast_object_list(message)
+            raise
         broadcast_object_list(message)
+        if message[0] is None:
+            raise RuntimeError('the first process failed to check the data, '
+                               'see its error; DataCheckHook leaves the '
+                               'check out with enabled=False')
         if message[0]:
             raise DataError(message[0])
 
@@ -88,7 +101,7 @@ class DataCheckHook(Hook):
             report = self.read(runner.cfg, _SPLITS)
         check_batch(runner.cfg, get_world_size(), report.findings)
         if report.num_problems:
-            return _message(report)
+            return _message(report, runner.cfg)
         for code, where, text in report.findings.notes:
             print_log(f'DataCheckHook: {code}: {text}'
                       + (f' ({where})' if where else ''), logger='current')
@@ -134,14 +147,25 @@ def check_early(cfg: Mapping, splits: Sequence[str],
         if hook.enabled:
             report = hook.read(cfg, splits)
             if report.num_problems:
-                raise DataError(_message(report))
+                raise DataError(_message(report, cfg))
             _early[cfg.filename] = report
 
 
-def _message(report: 'Report') -> str:
+def _message(report: 'Report', cfg: Mapping) -> str:
+    wrong = {group.where for group in report.findings.problems}
+    files = [
+        f'the file of {key} is '
+        + osp.join(dataset.get('data_root') or '', dataset['ann_file'])
+        for split in _SPLITS
+        for key, dataset in iter_datasets(
+            (cfg.get(f'{split}_dataloader') or {}).get('dataset'),
+            f'{split}_dataloader.dataset')
+        if key in wrong and isinstance(dataset.get('ann_file'), str)
+        and dataset['ann_file']
+    ]
     return '\n'.join([
         f'{report.num_problems} problem(s) in the data of this training:',
-        *report.findings.lines(),
+        *report.findings.lines(), *files,
         'python tools/check_data.py CONFIG checks all of it; DataCheckHook '
         'leaves this out with enabled=False'
     ])

@@ -8,7 +8,7 @@ import pytest
 from helpers import TOOLS
 from kill_training import environment
 from mmengine.config import Config
-from parallel_checks import check_in_turn
+from parallel_checks import check_and_fail, check_in_turn
 from processes import run_in_processes
 from small_training import Model
 
@@ -97,6 +97,7 @@ def test_it_stops_before_the_host_runs(spoil, told, make, train, tmp_path):
     assert err.startswith('train.py: error: ')
     assert told in err
     assert 'train_dataloader.dataset' in err
+    assert str(data.json) in err
     assert '--no-preflight' in err
 
 
@@ -200,6 +201,12 @@ def test_the_hook_in_two_processes(make, tmp_path):
     assert was_read and was_read_too
     assert no_error == ''
     assert 'unknown-image: 1 x' in error and 'broken.json' in error
+
+
+def test_a_check_that_fails_ends_all_processes():
+    first, second = run_in_processes(check_and_fail)
+    assert first == 'RecursionError: a mistake of the check'
+    assert second.startswith('RuntimeError: the first process failed to check')
 
 
 def test_two_processes_end_with_one_message(make, tmp_path):

@@ -77,6 +77,8 @@ def test_runs_are_those_of_pycocotools(seed):
 
 @pytest.mark.parametrize('counts, message', [
     ('~~', "character '~' is not allowed"),
+    ('\ud800', r"character '\\ud800' is not allowed"),
+    ('\xe9', "character '\xe9' is not allowed"),
     ('P', 'ends within a number'),
     ('', 'the runs cover 0'),
     (None, 'counts is neither'),
