@@ -68,15 +68,15 @@ import pycocotools.mask
 found = {}
 """,
     'mmdet': """
-import mmdet.models
+import mmdet.models, mmdet.datasets, mmdet.evaluation
 found = {'version': mmdet.__version__}
 """,
     'mmseg': """
-import mmseg.models
+import mmseg.models, mmseg.datasets, mmseg.evaluation
 found = {'version': mmseg.__version__}
 """,
     'mmpretrain': """
-import mmpretrain.models
+import mmpretrain.models, mmpretrain.datasets, mmpretrain.evaluation
 found = {'version': mmpretrain.__version__}
 """,
 }

@@ -210,8 +210,10 @@ def _mmcv(facts: Facts) -> Iterator[Finding]:
                'it was installed from source without compiling them')
         yield Finding('mmcv-no-ops', 'mmcv has no compiled ops, without which '
                       f'mmdet does not train ({why})', BUILD_MMCV)
-    elif re.search('undefined symbol|DLL load failed|Symbol not found',
-                   ops['error']):
+    # Where all symbols are there, the numbers behind names have moved: tensors
+    # of the CPU, which all ops are compiled for, count as those of a GPU.
+    elif re.search('undefined symbol|DLL load failed|Symbol not found|'
+                   'implementation for device', ops['error']):
         yield Finding('mmcv-other-torch', "mmcv's ops were compiled for "
                       f'another torch than this one: {ops["error"]}',
                       BUILD_MMCV)

@@ -55,7 +55,8 @@ HEALTHY = {
         'mmengine/runner/checkpoint.py': LOAD,
         'mmengine/config/utils.py': "MAP = {'mmseg': 'mmsegmentation'}\n"}),
     **{name: (version, {f'{package}/__init__.py': "__version__ = '1'\n",
-                        f'{package}/models/__init__.py': ''})
+                        **{f'{package}/{part}/__init__.py': '' for part in
+                           ('models', 'datasets', 'evaluation')}})
        for name, version, package in (
            ('onedl-mmdetection', '3.5.1', 'mmdet'),
            ('onedl-mmsegmentation', '1.4.2', 'mmseg'),
@@ -202,6 +203,14 @@ BROKEN = {
     'ops raise': ([], [], {'mmcv/ops/__init__.py': _raising(
         'libgomp.so.1: cannot open shared object file')}, 'mmcv-broken',
         'libgomp.so.1', '--no-binary=onedl-mmcv onedl-mmcv=='),
+    'ops take a CPU for a GPU': ([], [], {
+        'mmcv/ops/__init__.py': "def nms(*a, **k):\n    raise RuntimeError('"
+        "nms_impl: implementation for device cuda:0 not found.')"},
+        'mmcv-other-torch', 'device cuda:0 not found', 'MMCV_WITH_OPS=1'),
+    'a host cannot evaluate': ([], [], {
+        'mmdet/evaluation/__init__.py': 'import terminaltables'},
+        'broken-mmdet', "No module named 'terminaltables'",
+        'pip install terminaltables'),
     'ops compute nonsense': ([], [], {
         'mmcv/ops/__init__.py': KEPT.format('0, torch.tensor([1])')},
         'mmcv-broken', 'AssertionError: [1]', 'MMCV_WITH_OPS=1'),

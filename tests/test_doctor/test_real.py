@@ -88,7 +88,7 @@ OPS = {
     'no mmcv': (['onedl-mmcv'], [], {'mmcv-missing': 'not installed'}),
     'ops for another torch': (
         ['torch', 'torchvision'], ['torch==2.13.0', 'torchvision==0.28.0'],
-        {'mmcv-other-torch': 'undefined symbol'}),
+        {'mmcv-other-torch': 'compiled for another torch'}),
 }
 
 
