@@ -11,7 +11,6 @@ _KEY = b'"categories"'
 _END = 1000  # bytes of which one at least is no blank
 
 
-@functools.lru_cache(maxsize=None)
 def read_categories(path: str,
                     large: int = _LARGE) -> tuple[tuple[str, ...], str]:
     """Read the names of the categories in the order of the file.
@@ -19,7 +18,7 @@ def read_categories(path: str,
     A file up to ``large`` bytes is parsed. A larger one
     (instances_train2017.json has 450 MB) is searched for its list of
     categories instead, from the end, where COCO's own files have it, and
-    must end as an object does.
+    must end as an object does. A file that has not changed is not read again.
 
     Args:
         path (str): A COCO annotation file.
@@ -32,7 +31,14 @@ def read_categories(path: str,
         ValueError: If the file is no JSON, or is cut short, has no list of
             categories, or a category has no name.
     """
-    size = os.path.getsize(path)
+    status = os.stat(path)
+    return _read(path, large, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _read(path: str, large: int, size: int,
+          changed: int) -> tuple[tuple[str, ...], str]:
+    """``changed`` is for the cache only: a file may be corrected."""
     if size > large:
         categories = _search(path)
         note = (f'{path!r} has {size / 2**20:.0f} MB: searched for its '

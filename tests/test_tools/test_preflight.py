@@ -6,11 +6,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from mmdet.registry import DATASETS
 from mmengine.config import Config
+from mmengine.optim import OptimWrapper
 
 from mmrpa.coco_categories import read_categories
-from mmrpa.preflight import ConfigError, MissingPathError, check_config
+from mmrpa.cpu_amp import amp_on_cpu
+from mmrpa.preflight import (
+    ConfigError,
+    MissingPathError,
+    check_config,
+    type_name,
+)
 
 HOSTS = ['mmpretrain', 'mmdet', 'mmseg']
 TRAIN = 'train_dataloader.dataset'
@@ -272,6 +280,13 @@ def test_large_file_without_categories(tmp_path):
         read_categories(str(path), large=1)
 
 
+def test_a_file_that_is_corrected_is_read_again(tmp_path):
+    path = tmp_path / 'a.json'
+    for name in ('crosss', 'cross', 'crown'):  # of another and the same size
+        path.write_text(json.dumps(dict(categories=[dict(id=1, name=name)])))
+        assert read_categories(str(path)) == ((name, ), '')
+
+
 @pytest.mark.parametrize('removed', [1, 3, 30])
 def test_large_file_that_is_cut_short(removed, tmp_path):
     """By a download that was interrupted; its categories are there."""
@@ -281,7 +296,6 @@ def test_large_file_that_is_cut_short(removed, tmp_path):
     path.write_text(text + '\n \n')
     assert read_categories(str(path), large=1)[0] == ('a', )
     path.write_text(text[:-removed])
-    read_categories.cache_clear()
     with pytest.raises(ValueError, match='large.json.*as if it was cut'):
         read_categories(str(path), large=1)
 
@@ -318,6 +332,27 @@ def test_num_classes_of_segmentation_heads(auxiliary, make):
         '- model.decode_head.num_classes=150',
         f'- model.auxiliary_head{last}.num_classes=19'
     ]
+
+
+def test_boundaries_are_no_classes(make):
+    """mmseg's STDC: a head of two classes, whatever the data set has."""
+    cfg = make('mmseg')
+    cfg.model.auxiliary_head = [dict(type='STDCHead', num_classes=2)]
+    cfg.model.decode_head.num_classes = 3
+    assert all('auxiliary' not in p for p in complaint(cfg))
+
+
+def test_types_that_are_classes(monkeypatch):
+    """Configs in pure Python have no names."""
+    monkeypatch.setattr('mmengine.device.get_device', lambda: 'cpu')
+    assert type_name(dict(type=OptimWrapper)) == 'OptimWrapper'
+    assert type_name(dict(type='mmengine.OptimWrapper')) == 'OptimWrapper'
+    assert type_name(dict()) == type_name(None) == ''
+    cfg = dict(optim_wrapper=dict(type=OptimWrapper))
+    assert amp_on_cpu(cfg, True, ['--amp', 'x']) == [
+        'x', '--cfg-options', 'optim_wrapper.type=mmrpa.CPUAmpOptimWrapper']
+    with pytest.raises(ConfigError, match="got 'SGD'"):
+        amp_on_cpu(dict(optim_wrapper=dict(type=torch.optim.SGD)), True, [])
 
 
 def test_num_classes_of_a_classifier(make):
