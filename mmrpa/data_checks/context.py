@@ -121,6 +121,10 @@ class Context:
                       f'for lack of memory, such as {self.unread[0]!r}')
             self.unread.clear()
 
+    def report_folder(self, error: OSError) -> None:
+        """Report a folder that cannot be listed; for os.walk's onerror."""
+        self.add('unreadable-file', f'{error.filename}: {error.strerror}')
+
     def report_file(self, path: str, facts: ImageFacts,
                     missing: str = 'missing-image') -> bool:
         """Report a file that cannot be read; returns whether it can."""

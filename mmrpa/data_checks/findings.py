@@ -168,6 +168,9 @@ PROBLEMS = {
     'list-line': Kind(
         "a line of the list that is not 'PATH LABEL'",
         'write the path, a blank and the number of the class'),
+    'list-label': Kind(
+        'a label of the list that is the number of no class',
+        'correct it, or metainfo.classes; classes count from 0'),
 }
 
 NOTES = {

@@ -59,7 +59,7 @@ def _list_pairs(context: Context) -> list[_Pair]:
         with open(dataset.ann_file, encoding='utf-8') as file:
             stems = [line.strip() for line in file]
     else:
-        stems = sorted(_find(images, dataset.img_suffix))
+        stems = sorted(_find(context, images, dataset.img_suffix))
         if maps is not None and not context.options.quick:
             _note_lonely(context, maps, stems)
     return [
@@ -73,7 +73,7 @@ def _list_pairs(context: Context) -> list[_Pair]:
 def _note_lonely(context: Context, maps: str, stems: list[str]) -> None:
     """Note label maps that no image belongs to."""
     suffix = context.dataset.seg_map_suffix
-    lonely = sorted(set(_find(maps, suffix)) - set(stems))
+    lonely = sorted(set(_find(context, maps, suffix)) - set(stems))
     if lonely and stems:
         context.note(
             'map-without-image', f'{len(lonely)} label maps have no image '
@@ -81,10 +81,11 @@ def _note_lonely(context: Context, maps: str, stems: list[str]) -> None:
         )
 
 
-def _find(folder: str, suffix: str) -> list[str]:
+def _find(context: Context, folder: str, suffix: str) -> list[str]:
     """Files below a folder, without the suffix, relative to it."""
     found = []
-    for root, _, names in os.walk(folder, followlinks=True):
+    for root, _, names in os.walk(folder, onerror=context.report_folder,
+                                  followlinks=True):
         for name in names:
             if name.endswith(suffix) and not name.startswith('.'):
                 path = osp.relpath(osp.join(root, name), folder)

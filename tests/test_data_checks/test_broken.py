@@ -503,7 +503,7 @@ def line_without_a_label(data):
     use_list(data, 'cross/train_00000001.jpg 0', 'cross/train_00000006.jpg')
 
 
-@case('mmpretrain', 'label-range', 'list.txt:2: label 5')
+@case('mmpretrain', 'list-label', 'list.txt:2: label 5')
 def labels_counted_from_one(data):
     use_list(data, 'cross/train_00000001.jpg 1',
              'triangle/train_00000005.jpg 5')
@@ -512,6 +512,12 @@ def labels_counted_from_one(data):
 @case('mmpretrain', 'missing-image', 'cross/train_9.jpg')
 def line_of_no_file(data):
     use_list(data, 'cross/train_00000001.jpg 0', 'cross/train_9.jpg 0')
+
+
+@case('mmpretrain', 'no-images', 'list.txt: lists no image')
+def list_of_nothing(data):
+    (data.root / 'list.txt').write_text('')
+    data.train.ann_file = 'list.txt'
 
 
 @case('mmpretrain', 'no-images', 'the images cannot be listed')
