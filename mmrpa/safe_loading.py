@@ -15,6 +15,7 @@ import logging
 import os
 import pickle
 import re
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -176,9 +177,10 @@ def explain_refusal(error: pickle.UnpicklingError) -> str:
 def newest_good_checkpoint(path: str) -> str | None:
     """Find what a training goes on from: the newest checkpoint that is whole.
 
-    That is the one which ``last_checkpoint`` names. If it is damaged, the
-    newest before it is taken that is not, and a warning names both. All
-    processes get the answer of the first.
+    That is the one which ``last_checkpoint`` names; of two files of that name
+    the one in the working directory. If it is damaged, the newest before it
+    is taken that is not, and a warning names both. All processes get the
+    answer of the first, so all must ask.
 
     Args:
         path (str): The working directory of the training.
@@ -187,7 +189,8 @@ def newest_good_checkpoint(path: str) -> str | None:
         str | None: A file, or None if there is no checkpoint at all.
 
     Raises:
-        CheckpointError: All that there are are damaged.
+        CheckpointError: All that there are are damaged, or their names do not
+            tell which is the newest.
     """
     from mmengine.dist import broadcast_object_list, is_main_process
     answer: list[str | None] = [None, None]
@@ -204,32 +207,42 @@ def newest_good_checkpoint(path: str) -> str | None:
 
 def has_checkpoints(path: str | Path) -> bool:
     """Whether a working directory has anything to go on from, whole or not."""
-    return bool(_candidates(Path(path)))
+    return bool(_candidates(Path(path)) or any(Path(path).glob('*.pth')))
+
+
+def _warn(text: str) -> None:
+    from mmengine.logging import print_log
+    print_log(text, logger='current', level=logging.WARNING)
 
 
 def _newest_good(work_dir: Path) -> str | None:
-    from mmengine.logging import print_log
-
-    def warn(text: str) -> None:
-        print_log(text, logger='current', level=logging.WARNING)
-
-    problems = []
-    for candidate in _candidates(work_dir):
+    left, problems = _candidates(work_dir), []
+    while left:
+        candidate = left.pop(0)
         problem = _find_damage(candidate)
         if problem is None:
             if problems:
-                warn(f'{candidate} is the newest checkpoint before it that is '
-                     'whole: the training goes on from there')
+                _warn(f'{candidate} is the newest checkpoint before it that '
+                      'is whole: the training goes on from there')
             return candidate
-        warn(problem)
+        _warn(problem)
+        if not problems:
+            left = _same_training(left)
         problems.append(problem)
     if problems:
         raise CheckpointError(
             f'no checkpoint in {work_dir} is whole: {"; ".join(problems)}. '
             'Name another one (--resume FILE), or start anew in another '
             '--work-dir')
-    warn(f'there is no checkpoint in {work_dir}: the training starts from '
-         'its beginning')
+    unknown = sorted(map(str, work_dir.glob('*.pth')))
+    if unknown:
+        raise CheckpointError(
+            f'last_checkpoint in {work_dir} names no file that exists, and '
+            'other names than epoch_N.pth and iter_N.pth do not tell which is '
+            f'the newest of {", ".join(unknown)}. Name one (--resume FILE), '
+            'or start anew in another --work-dir')
+    _warn(f'there is no checkpoint in {work_dir}: the training starts from '
+          'its beginning')
     return None
 
 
@@ -242,8 +255,8 @@ def _candidates(work_dir: Path) -> list[str]:
         named = ''
     if '://' in named:
         return [named]
-    # The folder may have been moved since.
-    last = next((path for path in (Path(named), work_dir / Path(named).name)
+    # The folder may have been moved or copied since.
+    last = next((path for path in (work_dir / Path(named).name, Path(named))
                  if named and path.exists()), None)
     folder = work_dir if last is None else last.parent
     others = [path for path in folder.glob('*.pth')
@@ -262,6 +275,39 @@ def _candidates(work_dir: Path) -> list[str]:
 
 def _step(path: Path) -> int:
     return int(_STEP_NAME.fullmatch(path.name)[2])
+
+
+def _same_training(paths: list[str]) -> list[str]:
+    """Leave out what an earlier training has left in the folder.
+
+    Those are files that were written before one of fewer steps.
+    """
+    kept, newest = set(), {}
+    for path in sorted(map(Path, paths), key=_step):
+        unit, written = _STEP_NAME.fullmatch(path.name)[1], _written(path)
+        if written >= newest.get(unit, written):
+            newest[unit] = written
+            kept.add(str(path))
+    others = [path for path in paths if path not in kept]
+    if others:
+        _warn('passed over, because they are older than files of fewer steps, '
+              f'so of an earlier training: {", ".join(others)}')
+    return [path for path in paths if path in kept]
+
+
+def _written(path: Path) -> float:
+    """When a checkpoint was written, in seconds since 1970.
+
+    By what mmengine has noted in it, which a copy keeps, else by the file.
+    """
+    try:
+        # Nothing but the pickle is read.
+        with explained(str(path)), _data_types():
+            noted = torch.load(path, 'cpu', mmap=True, weights_only=True)
+        return time.mktime(time.strptime(noted['meta']['time'],
+                                         '%Y%m%d_%H%M%S'))
+    except (CheckpointError, LookupError, TypeError, ValueError):
+        return path.stat().st_mtime
 
 
 def _find_damage(path: str) -> str | None:

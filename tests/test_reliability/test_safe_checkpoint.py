@@ -12,9 +12,11 @@ import torch
 from mmengine.config import Config
 from small_training import Killed, Recorder, build
 
+from mmrpa import safe_loading
 from mmrpa.hooks import safe_checkpoint
 from mmrpa.safe_loading import (
     CheckpointSaveError,
+    has_checkpoints,
     newest_good_checkpoint,
     read_training_checkpoint,
 )
@@ -138,6 +140,62 @@ def test_the_search(work_dir, tmp_path, caplog):
     (work_dir / 'best_acc_iter_18.pth').write_bytes(b'no')
     assert found() == 'iter_17.pth'
     assert newest_good_checkpoint(str(tmp_path / 'new')) is None
+
+
+@pytest.mark.parametrize('noted', [True, False])
+@pytest.mark.parametrize('pointer', ['iter_600.pth', ''])
+def test_an_earlier_training_is_not_gone_on_from(noted, pointer, tmp_path,
+                                                 monkeypatch):
+    """Its files lie between those of the newer one."""
+    warnings = []
+    monkeypatch.setattr(safe_loading, '_warn', warnings.append)
+    files = [(250, 1), (500, 2), (750, 3), (300, 11), (600, 12)]
+    for step, minute in files:
+        path = tmp_path / f'iter_{step}.pth'
+        torch.save(dict(meta=dict(time=f'20260102_03{minute:02d}00')
+                        if noted else {}), path)
+        # What notes no time is judged by its file; a copy has any order.
+        second = 10 ** 9 + 60 * minute
+        os.utime(path, (second, second))
+        if noted and pointer:
+            os.utime(path, (10 ** 9 - step, 10 ** 9 - step))
+    (tmp_path / 'last_checkpoint').write_text(pointer)
+    damage(tmp_path / 'iter_600.pth', 'cut')
+    os.utime(tmp_path / 'iter_600.pth')
+    assert newest_good_checkpoint(str(tmp_path)) == str(
+        tmp_path / 'iter_300.pth')
+    told, = (text for text in warnings if text.startswith('passed over'))
+    assert 'iter_500.pth' in told and 'iter_300' not in told
+    if pointer:
+        damage(tmp_path / 'iter_300.pth', 'cut')
+        assert newest_good_checkpoint(str(tmp_path)).endswith('iter_250.pth')
+
+
+def test_a_copied_folder_goes_on_from_its_own_files(work_dir, tmp_path):
+    copy = tmp_path / 'copy'
+    shutil.copytree(work_dir, copy)
+    assert (copy / 'last_checkpoint').read_text().startswith(str(work_dir))
+    assert newest_good_checkpoint(str(copy)) == str(copy / 'iter_18.pth')
+    # Where out_dir is not work_dir, only the other one has it.
+    (copy / 'iter_18.pth').unlink()
+    assert newest_good_checkpoint(str(copy)) == str(work_dir / 'iter_18.pth')
+
+
+@pytest.mark.parametrize('pointer', ['', 'step_9.pth', None])
+def test_names_that_tell_nothing_stop_the_training(pointer, tmp_path):
+    """Else it would begin anew and write over them."""
+    for step in (5, 10):
+        torch.save({}, tmp_path / f'step_{step}.pth')
+    if pointer is not None:
+        (tmp_path / 'last_checkpoint').write_text(pointer)
+    with pytest.raises(CheckpointError) as caught:
+        newest_good_checkpoint(str(tmp_path))
+    assert f'{tmp_path}/step_10.pth, {tmp_path}/step_5.pth' in str(
+        caught.value)
+    assert '--resume FILE' in str(caught.value)
+    assert has_checkpoints(tmp_path)  # load_from is not taken, either
+    (tmp_path / 'last_checkpoint').write_text('step_5.pth')
+    assert newest_good_checkpoint(str(tmp_path)).endswith('step_5.pth')
 
 
 @pytest.fixture
