@@ -6,11 +6,11 @@ that the dtype is bfloat16. ``mmrpa.CPUAmpOptimWrapper`` does both dtypes.
 
 from collections.abc import Mapping, Sequence
 
-from mmrpa.preflight import ConfigError
+from mmrpa.preflight import ConfigError, type_name
 
 # Names without scope and of the mmengine scope.
-_WRAPPERS = ('OptimWrapper', 'AmpOptimWrapper')
 _OURS = 'mmrpa.CPUAmpOptimWrapper'
+_WRAPPERS = ('OptimWrapper', 'AmpOptimWrapper', 'CPUAmpOptimWrapper')
 _DTYPES = ('bfloat16', 'float16')
 
 
@@ -30,10 +30,10 @@ def amp_on_cpu(cfg: Mapping, asked: bool, argv: Sequence[str]) -> list[str]:
     """
     from mmengine.device import get_device
     wrapper = cfg.get('optim_wrapper') or {}
-    kind = str(wrapper.get('type', 'OptimWrapper')).removeprefix('mmengine.')
+    kind = type_name(dict(dict(type='OptimWrapper'), **wrapper))
     if get_device() != 'cpu' or not (asked or kind == 'AmpOptimWrapper'):
         return list(argv)
-    if kind not in (*_WRAPPERS, _OURS):
+    if kind not in _WRAPPERS:
         raise ConfigError(f'--amp needs optim_wrapper.type OptimWrapper, got '
                           f'{kind!r}')
     dtype = wrapper.get('dtype') or 'bfloat16'

@@ -11,6 +11,8 @@ import socket
 import struct
 from collections.abc import MutableMapping
 
+from .preflight import ConfigError
+
 _NAME = 'GLOO_SOCKET_IFNAME'
 _SIOCGIFADDR = 0x8915  # of Linux: the IPv4 address of an interface
 _ANY_PORT = 9  # nothing is sent to it
@@ -29,11 +31,22 @@ def choose_gloo_interface(
 
     Returns:
         str | None: The interface that was chosen.
+
+    Raises:
+        ConfigError: MASTER_ADDR is a name that this machine has for itself,
+            such as Debian's 127.0.1.1, where no other machine reaches it.
     """
     if _NAME in environment or environment.get('WORLD_SIZE') == \
             environment.get('LOCAL_WORLD_SIZE'):
         return None
-    name = interface_to(environment['MASTER_ADDR'])
+    host = environment['MASTER_ADDR']
+    name = interface_to(host)
+    # Several launchers on one machine have 127.0.0.1 on purpose.
+    if name == 'lo' and not (host == 'localhost' or host.startswith('127.')):
+        raise ConfigError(
+            f'MASTER_ADDR={host} is {socket.gethostbyname(host)} on this '
+            'machine, where no other machine reaches it. Give an address of '
+            'machine 0 that the others reach (hostname -I shows them)')
     if name is not None:
         environment[_NAME] = name
     return name

@@ -23,7 +23,12 @@ from typing import NoReturn
 from mmrpa.cpu_amp import amp_on_cpu
 from mmrpa.elastic import end_with_launcher, restart_flags, settle_resume
 from mmrpa.interfaces import choose_gloo_interface
-from mmrpa.preflight import ConfigError, MissingPathError, check_config
+from mmrpa.preflight import (
+    ConfigError,
+    MissingPathError,
+    check_config,
+    type_name,
+)
 
 HOSTS = ('mmdet', 'mmseg', 'mmpretrain')
 # Not pip: it builds mmcv without its operators.
@@ -337,7 +342,7 @@ def _cpu_options(cfg: Mapping, launcher: str) -> list[str] | None:
 def _iter_sync_bn(node: object, key: str) -> Iterator[str]:
     """Yield the dotted key of each ``type`` that is a synchronised BN."""
     if isinstance(node, Mapping):
-        if node.get('type') in _SYNC_BN:
+        if type_name(node) in _SYNC_BN:
             yield f'{key}.type'
         for name, child in node.items():
             yield from _iter_sync_bn(child, f'{key}.{name}')

@@ -19,8 +19,20 @@ _SPLITS = ('train', 'val', 'test')
 # theirs counts something else: rpn_head (objectness), semantic_head (stuff).
 _HEADS = ('bbox_head', 'mask_head', 'mask_iou_head', 'point_head',
           'decode_head', 'auxiliary_head', 'head')
+# Heads at such a place whose classes are others: STDC's boundaries.
+_OTHER_CLASSES = ('STDCHead', )
 # Datasets of mmpretrain that fetch themselves what is not there.
 _DOWNLOADERS = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')
+
+
+def type_name(cfg: object) -> str:
+    """The class that a config dict names, without scope or module.
+
+    Configs in pure Python have the class itself as their ``type``.
+    """
+    kind = cfg.get('type') if isinstance(cfg, Mapping) else None
+    name = kind if isinstance(kind, str) else getattr(kind, '__name__', '')
+    return name.rsplit('.', 1)[-1]
 
 
 class ConfigError(ValueError):
@@ -153,7 +165,8 @@ def _iter_heads(node: object, key: str,
                 in_head: bool = False) -> Iterator[tuple[str, int]]:
     """Yield (dotted key, num_classes) of each head of a model config."""
     if isinstance(node, Mapping):
-        if in_head and isinstance(node.get('num_classes'), int):
+        if (in_head and isinstance(node.get('num_classes'), int)
+                and type_name(node) not in _OTHER_CLASSES):
             yield f'{key}.num_classes', node['num_classes']
         for name, child in node.items():
             yield from _iter_heads(child, f'{key}.{name}', name in _HEADS)

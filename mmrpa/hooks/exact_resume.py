@@ -27,7 +27,7 @@ from ..registry import HOOKS
 from ..safe_loading import use_safe_reader
 
 STATE_KEY = 'mmrpa_resume'
-_STEP, _DATA = 0, 1  # two streams of seeds
+_STEP, _DATA, _ORDER = 0, 1, 2  # streams of seeds
 
 
 def seed_all(*key: int) -> None:
@@ -78,10 +78,11 @@ class SeededBatches:
     def __init__(self, batch_sampler: Any,
                  set_epoch: Callable[[int], None]) -> None:
         self.batch_sampler = batch_sampler
-        self.key: tuple[int, ...] = ()
+        self.key: tuple[int, ...] = ()  # of the batches' seeds
+        self.order_key: tuple[int, ...] = ()  # of their order's
         self.position = 0  # the number of the next pass's first batch
         self.skip = 0  # batches to leave out of the next pass
-        self.epoch = 0
+        self.epoch = 0  # the number of the next pass
         self.endless = False  # whether skipping goes on in the next epoch
         self._set_epoch = set_epoch
 
@@ -94,7 +95,7 @@ class SeededBatches:
         return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[SeededBatch]:
-        batches = iter(self.batch_sampler)
+        batches = self._start()
         while self.skip:
             skipped = sum(1 for _ in itertools.islice(batches, self.skip))
             self.skip -= skipped
@@ -105,9 +106,18 @@ class SeededBatches:
                     raise ValueError('the sampler of train_dataloader gives '
                                      'no batches at all')
                 self.next_epoch()
-                batches = iter(self.batch_sampler)
+                batches = self._start()
         for number, batch in enumerate(batches, self.position):
             yield SeededBatch(batch, (*self.key, number))
+
+    def _start(self) -> Iterator:
+        """Begin a pass.
+
+        Samplers without a seed of their own, as torch's RandomSampler, draw
+        from the global generators when their first index is asked for.
+        """
+        seed_all(*self.order_key, self.epoch)
+        return iter(self.batch_sampler)
 
     def next_epoch(self) -> None:
         """Begin another pass over the data within a training by steps."""
@@ -255,6 +265,8 @@ class ExactResumeHook(Hook):
         # All processes must have their own images, but one seed in a step
         # unless the config wants otherwise, as with mmengine alone.
         self._batches.key = (runner.seed, _DATA, get_rank())
+        # A sampler for several processes gives each its part of one order.
+        self._batches.order_key = (runner.seed, _ORDER)
         if self._resumed is not None:
             self._restore(loop.dataloader)
         if hasattr(loop, 'dataloader_iterator'):
@@ -270,6 +282,8 @@ class ExactResumeHook(Hook):
         """Number the batches by the steps that they are for."""
         if self._batches is not None:
             self._batches.position = runner.iter
+            if not self._batches.endless:
+                self._batches.epoch = runner.epoch
 
     def after_train_epoch(self, runner) -> None:
         """Give back what an epoch that began in its middle has changed."""

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass, field
 
+# For all of this package.
+from ..preflight import type_name as type_name
+
 
 class SwapError(ValueError):
     """A config or an argument with which no swap can begin."""
@@ -58,10 +61,3 @@ def short(value: object, limit: int = 60) -> str:
     """A value as text for one line."""
     text = repr(value)
     return text if len(text) <= limit else text[:limit - 3] + '...'
-
-
-def type_name(cfg: object) -> str:
-    """The class that a config dict names, without scope or module."""
-    kind = cfg.get('type') if isinstance(cfg, dict) else None
-    name = kind if isinstance(kind, str) else getattr(kind, '__name__', '')
-    return name.rsplit('.', 1)[-1]

@@ -10,6 +10,7 @@ import pytest
 from helpers import TOOLS
 
 from mmrpa.interfaces import choose_gloo_interface, interface_to
+from mmrpa.preflight import ConfigError
 from mmrpa.weights import read_checkpoint
 
 NAMES = ('mmrpa-a', 'mmrpa-b')
@@ -59,6 +60,16 @@ def test_choose_gloo_interface(settings, chosen):
     if chosen is not None:
         before['GLOO_SOCKET_IFNAME'] = chosen
     assert environment == before
+
+
+def test_a_name_that_is_loopback_here_is_refused(monkeypatch):
+    monkeypatch.setattr('socket.gethostbyname', lambda host: '127.0.1.1')
+    monkeypatch.setattr('mmrpa.interfaces.interface_to', lambda host: 'lo')
+    environment = dict(WORLD_SIZE='4', LOCAL_WORLD_SIZE='2',
+                       MASTER_ADDR='node0')
+    with pytest.raises(ConfigError, match='node0 is 127.0.1.1 on this'):
+        choose_gloo_interface(environment)
+    assert 'GLOO_SOCKET_IFNAME' not in environment
 
 
 @pytest.mark.long
