@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.hooks import EMAHook
+from mmengine.registry import DATA_SAMPLERS
 from small_training import Killed, Recorder, build
 from torch.utils.data import DataLoader
 
@@ -90,6 +91,32 @@ def test_steps_over_a_finite_sampler(kill_after, tmp_path, whole_runs):
               for i in (1, 6, 11, 16)]
     assert all(sorted(set(p)) == list(range(13)) for p in passes)
     assert passes[0] != passes[1]
+
+
+@DATA_SAMPLERS.register_module()
+class Unseeded:
+    """As torch's RandomSampler: whatever the global generator gives."""
+
+    def __init__(self, dataset, shuffle, seed):
+        self.num_images = len(dataset)
+
+    def __len__(self):
+        return self.num_images
+
+    def __iter__(self):
+        yield from torch.randperm(self.num_images).tolist()
+
+
+@pytest.mark.parametrize('by', ['epoch', 'iter'])
+def test_samplers_without_a_seed(by, tmp_path, whole_runs):
+    settings = dict(by=by, sampler='Unseeded')
+    whole = whole_runs(**settings)
+    killed, resumed = interrupt(tmp_path, 13, **settings)
+    assert_goes_on(whole, killed, resumed, 13)
+    passes = [sum((whole.images[s] for s in range(i, i + 5)), [])
+              for i in (1, 6, 11, 16)]
+    assert all(sorted(p) == list(range(13)) for p in passes)
+    assert len(set(map(tuple, passes))) == 4
 
 
 @pytest.mark.parametrize('by', ['epoch', 'iter'])
