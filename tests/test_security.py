@@ -256,8 +256,6 @@ ALLOWED = {
     # Backbones of mmrpa, which read by mmrpa.weights, without init_weights.
     ('mmrpa/transfer/runs.py', 'MODELS.build'),
     ('mmrpa/weights/archs.py', 'MODELS.build'),
-    # Called on what mmrpa.swap.probe.build has built, which protects.
-    ('mmrpa/swap/check.py', 'init_weights'),
     ('tools/convert_checkpoint.py', 'MODELS.build'),
     ('tools/benchmark_backbones.py', 'MODELS.build'),
 }

@@ -14,6 +14,7 @@ from mmengine.logging import MessageHub, MMLogger
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DefaultScope
 
+from ..safe_loading import safe_reader
 from .probe import build
 from .report import type_name
 from .synthetic import make_batch
@@ -69,7 +70,7 @@ def run_step(cfg: Config, side: int = 128, weights: bool = True) -> Step:
     scope = values['default_scope']
     with DefaultScope.overwrite_default_scope(scope):
         model = revert_sync_batchnorm(build(model_cfg, scope))
-        with _quiet():
+        with _quiet(), safe_reader():
             model.init_weights()
         _set_progress()
         model.train()

@@ -14,7 +14,7 @@ from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..safe_loading import use_safe_reader
+from ..safe_loading import safe_reader
 from .report import SwapError, type_name
 
 # What changes no shape, but needs a download or an operator without a
@@ -79,8 +79,8 @@ class _WithoutData(TorchFunctionMode):
 def build(cfg: Mapping[str, Any], scope: str) -> nn.Module:
     """Build a model or a part of one from a config, in a host's scope."""
     models = import_module(f'{scope}.registry').MODELS
-    use_safe_reader()  # for what a model loads when it is built
-    with DefaultScope.overwrite_default_scope(scope):
+    # Some models load others when they are built.
+    with safe_reader(), DefaultScope.overwrite_default_scope(scope):
         # Hosts read some entries as attributes.
         return models.build(ConfigDict(copy.deepcopy(dict(cfg))))
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config
 from mmengine.logging import MMLogger
+from mmengine.runner import CheckpointLoader, checkpoint
 
-from mmrpa.swap import swap
+from mmrpa.swap import probe, swap
 from mmrpa.swap.check import StepError, run_step
 
 CONFIGS = dict(
@@ -33,6 +34,17 @@ def test_swapped_models_run(host):
         assert 0.5 < step.loss < 10
     if host == 'mmpretrain':
         assert -1 <= step.loss <= 1  # a cosine
+
+
+def test_the_users_loaders_are_given_back(monkeypatch):
+    """After a swap and a check a user's own program goes on."""
+    monkeypatch.setattr(CheckpointLoader, '_schemes',
+                        dict(CheckpointLoader._schemes))
+    CheckpointLoader.register_scheme('', len, force=True)
+    before = dict(CheckpointLoader._schemes), checkpoint.load_from_http
+    monkeypatch.setattr(probe, '_KNOWN', {})  # it is built again
+    run_step(swapped('mmdet'), 64)
+    assert before == (CheckpointLoader._schemes, checkpoint.load_from_http)
 
 
 def test_faults_are_found():
