@@ -1,8 +1,13 @@
 """Checkpoints that are written wholly or not at all."""
 
 import contextlib
+import errno
+import glob
+import logging
 import os
-from collections.abc import Iterator
+import re
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,11 +15,19 @@ from typing import Any
 from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend
 from mmengine.hooks import CheckpointHook
+from mmengine.logging import print_log
+from mmengine.runner import Runner
 
 from ..registry import HOOKS
 from ..safe_loading import CheckpointSaveError, use_safe_reader
 
 _TEMPORARY = '.{}.tmp'
+# A younger temporary file may be one that another process writes just now.
+_OLD_SECONDS = 600
+# What file systems answer that have no fsync for folders, or forbid to open
+# them.
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES,
+            errno.EPERM)
 
 
 class _LateRemovals:
@@ -48,6 +61,25 @@ class _LateRemovals:
                 self._backend.rmtree(path)
 
 
+class _Aside:
+    """A runner for mmengine's code, which then writes aside.
+
+    Args:
+        runner (Runner): The runner to use for all else.
+        save: In the place of its ``save_checkpoint``.
+        work_dir (Path): Where to write ``last_checkpoint``.
+    """
+
+    def __init__(self, runner: Runner, save: Callable,
+                 work_dir: Path) -> None:
+        self._runner = runner
+        self.save_checkpoint = save
+        self.work_dir = str(work_dir)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
+
+
 @HOOKS.register_module()
 class SafeCheckpointHook(CheckpointHook):
     """mmengine's ``CheckpointHook``, which loses no checkpoint.
@@ -66,8 +98,11 @@ class SafeCheckpointHook(CheckpointHook):
     - ``resume`` looks for the newest checkpoint that is whole, and files are
       read without running code: see :mod:`mmrpa.safe_loading`.
 
-    That holds for folders of this machine; other storage gets files as from
-    ``CheckpointHook``, only that old ones are removed after, too.
+    That holds for checkpoints that are files in folders of this machine. As
+    from ``CheckpointHook`` are: files on other storage, what
+    ``published_keys`` writes after the training, and all that another runner
+    than ``Runner`` writes (DeepSpeed's are folders, written by all processes); only that old
+    ones are removed after, too. A warning tells of the first and the last.
 
     Examples:
         In a config: ``default_hooks = dict(checkpoint=dict(
@@ -82,28 +117,37 @@ class SafeCheckpointHook(CheckpointHook):
         """Find the folder, and clear what a killed process has left in it."""
         super().before_train(runner)
         self._writing = False
-        if is_main_process() and isinstance(self.file_backend, LocalBackend):
-            for path in Path(self.out_dir).glob(_TEMPORARY.format('*.pth')):
-                path.unlink(missing_ok=True)
+        backend = getattr(self.file_backend, 'client', self.file_backend)
+        self._safe = (isinstance(backend, LocalBackend)
+                      and isinstance(runner, Runner))
+        if not self._safe:
+            what = (f'{type(runner).__name__} writes them'
+                    if isinstance(backend, LocalBackend)
+                    else f'{self.out_dir} is no folder of this machine')
+            print_log(f'SafeCheckpointHook: {what}, so one whose writing is '
+                      'interrupted may be cut short, as from CheckpointHook',
+                      logger='current', level=logging.WARNING)
+        elif is_main_process():
+            _clear(Path(self.out_dir), self.filename_tmpl)
 
     def _save_checkpoint_with_step(self, runner, step: int,
                                    meta: dict) -> None:
-        with self._safely(runner):
-            super()._save_checkpoint_with_step(runner, step, meta)
+        with self._safely(runner) as aside:
+            super()._save_checkpoint_with_step(aside, step, meta)
 
     def _save_best_checkpoint(self, runner, metrics: dict) -> None:
-        with self._safely(runner):
-            super()._save_best_checkpoint(runner, metrics)
+        with self._safely(runner) as aside:
+            super()._save_best_checkpoint(aside, metrics)
 
     @contextlib.contextmanager
-    def _safely(self, runner) -> Iterator[None]:
+    def _safely(self, runner) -> Iterator[Any]:
         """Let mmengine's code write files aside and remove them late."""
         if self._writing:  # the best checkpoint saves the last one again
-            yield
+            yield runner
             return
-        backend, save = self.file_backend, runner.save_checkpoint
-        removals = _LateRemovals(backend)
+        backend, removals = self.file_backend, _LateRemovals(self.file_backend)
         written: list[str] = []
+        pointer = Path(runner.work_dir, 'last_checkpoint')
         explained = partial(_explained, runner, written,
                             _last_good(Path(runner.work_dir)))
 
@@ -112,21 +156,60 @@ class SafeCheckpointHook(CheckpointHook):
             path = Path(out_dir, filename)
             aside = path.with_name(_TEMPORARY.format(filename))
             with explained(path, aside):
-                save(out_dir, aside.name, *args, **kwargs)
+                runner.save_checkpoint(out_dir, aside.name, *args, **kwargs)
                 if is_main_process():
                     put_in_place(aside, path)
             written.append(os.path.join(out_dir, filename))
 
         self._writing, self.file_backend = True, removals
-        if isinstance(backend, LocalBackend):
-            runner.save_checkpoint = save_aside
         try:
-            with explained(Path(runner.work_dir, 'last_checkpoint')):
-                yield
+            with explained(pointer):
+                if self._safe:
+                    with _pointer_aside(pointer) as folder:
+                        yield _Aside(runner, save_aside, folder)
+                else:
+                    yield runner
         finally:
             self._writing, self.file_backend = False, backend
-            runner.save_checkpoint = save
         removals.apply(set(written))
+
+
+@contextlib.contextmanager
+def _pointer_aside(pointer: Path) -> Iterator[Path]:
+    """A folder in which to write last_checkpoint.
+
+    mmengine empties the file before it writes to it. Only the first process
+    writes one.
+    """
+    folder = pointer.with_name(_TEMPORARY.format(pointer.name))
+    if is_main_process():
+        folder.mkdir(exist_ok=True)
+    try:
+        yield folder
+        if (folder / pointer.name).is_file():
+            put_in_place(folder / pointer.name, pointer)
+    finally:
+        if is_main_process():
+            with contextlib.suppress(OSError):  # empty or not, it is hidden
+                (folder / pointer.name).unlink(missing_ok=True)
+                folder.rmdir()
+
+
+def _clear(folder: Path, template: str) -> None:
+    """Remove temporary files that a killed process has left.
+
+    Args:
+        folder (Path): Where checkpoints are written.
+        template (str): ``filename_tmpl`` of the hook.
+    """
+    # best_*_ may come before it.
+    names = '*'.join(glob.escape(part)
+                     for part in re.split(r'\{[^}]*\}', template))
+    for name in (names, f'best_*_{names}'):
+        for path in folder.glob(_TEMPORARY.format(name)):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > _OLD_SECONDS:
+                    path.unlink()
 
 
 @contextlib.contextmanager
@@ -154,16 +237,19 @@ def put_in_place(aside: Path, path: Path) -> None:
     """Give a file that was written aside its name, once it is on the disk.
 
     Args:
-        aside (Path): The whole file (or folder).
-        path (Path): Its name, in the same folder; what has that name goes.
+        aside (Path): The whole file.
+        path (Path): Its name, on the same disk; what has that name goes.
 
     Raises:
         OSError: The disk does not take it.
     """
-    if aside.is_file():
-        _sync(aside)
+    _sync(aside)
     os.replace(aside, path)
-    _sync(path.parent)
+    try:
+        _sync(path.parent)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
 
 
 def _sync(path: Path) -> None:

@@ -316,7 +316,9 @@ def test_old_ones_go_after_the_new_one_is_there(tmp_path, monkeypatch):
     put_in_place, seen = safe_checkpoint.put_in_place, []
 
     def watch(aside, path):
-        seen.append((path.name, [n for n in names(tmp_path) if n[0] != '.']))
+        if path.name != 'last_checkpoint':
+            seen.append((path.name,
+                         [n for n in names(tmp_path) if n[0] != '.']))
         put_in_place(aside, path)
 
     monkeypatch.setattr(safe_checkpoint, 'put_in_place', watch)
@@ -350,6 +352,71 @@ def test_old_ones_go_after_the_new_one_is_there(tmp_path, monkeypatch):
     assert names(tmp_path) == ['iter_20.pth', 'best_acc_iter_12.pth']
     best = torch.load(tmp_path / 'best_acc_iter_12.pth', weights_only=False)
     assert best['message_hub']['runtime_info']['best_score'] == 0.5
+
+
+@pytest.mark.parametrize('backend', [None, 'disk'])
+def test_a_killed_process_leaves_the_pointer(backend, tmp_path, monkeypatch):
+    """mmengine empties last_checkpoint before it writes to it."""
+    pointer, seen = tmp_path / 'last_checkpoint', []
+    put_in_place = safe_checkpoint.put_in_place
+
+    def watch(aside, path):
+        seen.append((path.name, pointer.exists() and pointer.read_text()))
+        put_in_place(aside, path)
+
+    monkeypatch.setattr(safe_checkpoint, 'put_in_place', watch)
+    runner = build(tmp_path, 'iter', Recorder(), every=10)
+    hook, = (hook for hook in runner.hooks if isinstance(
+        hook, safe_checkpoint.SafeCheckpointHook))
+    if backend:
+        hook.file_client_args = dict(backend=backend)
+    runner.train()
+    first = str(tmp_path / 'iter_10.pth')
+    assert seen == [('iter_10.pth', False), ('last_checkpoint', False),
+                    ('iter_20.pth', first), ('last_checkpoint', first)]
+    assert pointer.read_text() == str(tmp_path / 'iter_20.pth')
+    assert not list(tmp_path.glob('.*'))
+
+
+@pytest.mark.parametrize('number, fatal', [
+    (errno.EINVAL, False), (errno.EACCES, False), (errno.ENOTSUP, False),
+    (errno.EIO, True)])
+def test_folders_without_fsync(number, fatal, tmp_path, monkeypatch):
+    fsync, synced = os.fsync, []
+
+    def refuse(handle):
+        name = os.readlink(f'/proc/self/fd/{handle}')
+        synced.append(Path(name).name)
+        if os.path.isdir(name):
+            raise OSError(number, os.strerror(number))
+        fsync(handle)
+
+    monkeypatch.setattr(os, 'fsync', refuse)
+    aside, path = tmp_path / '.a.pth.tmp', tmp_path / 'a.pth'
+    aside.write_text('new')
+    path.write_text('old')
+    if fatal:
+        with pytest.raises(OSError):
+            safe_checkpoint.put_in_place(aside, path)
+    else:
+        safe_checkpoint.put_in_place(aside, path)
+    assert path.read_text() == 'new'
+    assert synced == ['.a.pth.tmp', tmp_path.name]
+
+
+def test_only_old_temporary_files_of_its_own_are_cleared(tmp_path):
+    """A young one may be what a second process writes just now."""
+    left = ['.step_5.tmp', '.step_6.pth.tmp', '.best_acc_step_5.tmp',
+            '.other.pth.tmp', 'step_5.tmp', '.step_7.tmp']
+    for name in left:
+        (tmp_path / name).touch()
+        if name != '.step_7.tmp':
+            os.utime(tmp_path / name, (1e9, 1e9))
+    safe_checkpoint._clear(tmp_path, 'step_{}')
+    assert {path.name for path in tmp_path.iterdir()} == {
+        '.other.pth.tmp', 'step_5.tmp', '.step_7.tmp'}
+    safe_checkpoint._clear(tmp_path, 'other.pth')
+    assert not (tmp_path / '.other.pth.tmp').exists()
 
 
 def test_the_hooks_are_on_in_our_configs():
