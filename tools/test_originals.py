@@ -43,7 +43,7 @@ DESELECTED = {
     'rp-pvt-nano_upernet_1xb8-300_sample-128x128.py]': _CLASS_WEIGHTS,
     'test_reliability/test_killed.py::test_one_kill': _CLASS_WEIGHTS
 }
-# Continuous integration runs these, in about 5 minutes of one core.
+# Meant for continuous integration: about 5 minutes of one core.
 QUICK = (
     'test_registry.py', 'test_backbones/test_checkpoint.py', 'test_optim',
     'test_hooks', 'test_weights/test_convert.py',
