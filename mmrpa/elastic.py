@@ -9,6 +9,8 @@ import ctypes
 import os
 import signal
 import sys
+import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -29,7 +31,26 @@ def end_with_launcher() -> None:
     process that torchrun has not started, and on other systems than Linux.
     """
     if sys.platform == 'linux' and _COUNT in os.environ:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+        launcher = os.getppid()
+        failed = ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG,
+                                         int(signal.SIGTERM))
+        if failed:
+            print('mmrpa: this system does not end the processes of a '
+                  'launcher that is killed with SIGKILL', file=sys.stderr, flush=True)
+        if os.getppid() != launcher:  # it has ended before the call
+            raise SystemExit(128 + signal.SIGTERM)
+
+
+def means(arg: str, flag: str) -> bool:
+    """Whether an argument is a flag, with ``=VALUE`` or not.
+
+    Args:
+        arg (str): The argument.
+        flag (str): The flag, or what it may be shortened to. argparse has
+            refused what is short for several flags.
+    """
+    name = arg.partition('=')[0]
+    return len(name) > 2 and flag.startswith(name)
 
 
 def restart_flags(config: str, cfg: Mapping,
@@ -58,9 +79,9 @@ def restart_flags(config: str, cfg: Mapping,
         written = (folder / 'last_checkpoint').stat().st_mtime
     except FileNotFoundError:
         written = -1.
-    if written < int(launched):
+    if written - _clock_ahead(folder) < int(launched):
         return [], (f'restart {count}: no checkpoint was written to {folder} '
-                    'since the start, so the training starts anew')
+                    'since the start, so the training starts as it did then')
     # mmseg would go on from load_from, where that is set.
     return (['--resume', '--cfg-options', 'load_from=None'],
             f'restart {count}: the training goes on from the last checkpoint '
@@ -91,12 +112,23 @@ def settle_resume(argv: list[str], config: str, cfg: Mapping,
         return [*argv, '--cfg-options', 'load_from=None'], None
     kept = []
     for i, arg in enumerate(argv):
-        resumes = arg.startswith('--res') and '--resume=auto'.startswith(arg)
-        value = arg == 'auto' and argv[i - 1].startswith('--res')
-        if not (resumes or value):
+        value = arg == 'auto' and means(argv[i - 1], '--resume')
+        if not (means(arg, '--resume') or value):
             kept.append(arg)
     return kept, (f'no checkpoint in {folder} to resume from: the training '
                   f'starts from load_from={cfg["load_from"]!r}')
+
+
+def _clock_ahead(folder: Path) -> int:
+    """Seconds by which the clock of a folder's file server is ahead of ours.
+
+    Files get the server's time; the launch was timed here.
+    """
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix='.clock_') as file:
+            return round(os.stat(file.name).st_mtime - time.time())
+    except OSError:  # no folder, or no right to write
+        return 0
 
 
 def _folder(config: str, cfg: Mapping, work_dir: str | None) -> Path:

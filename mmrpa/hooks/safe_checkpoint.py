@@ -99,10 +99,11 @@ class SafeCheckpointHook(CheckpointHook):
       read without running code: see :mod:`mmrpa.safe_loading`.
 
     That holds for checkpoints that are files in folders of this machine. As
-    from ``CheckpointHook`` are: files on other storage, what
-    ``published_keys`` writes after the training, and all that another runner
-    than ``Runner`` writes (DeepSpeed's are folders, written by all processes); only that old
-    ones are removed after, too. A warning tells of the first and the last.
+    from ``CheckpointHook`` are: files on other storage; what
+    ``published_keys`` writes after the training; and all that another runner
+    than ``Runner`` writes (DeepSpeed's are folders, written by all
+    processes). Only that old ones are removed after holds there, too. A
+    warning tells of the first and the last.
 
     Examples:
         In a config: ``default_hooks = dict(checkpoint=dict(

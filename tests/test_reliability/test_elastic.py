@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
+from types import SimpleNamespace
 
 import pytest
 from helpers import TOOLS
 
-from mmrpa.elastic import restart_flags
+from mmrpa.elastic import end_with_launcher, restart_flags, settle_resume
 
 
 @pytest.fixture
@@ -43,7 +45,42 @@ def test_an_older_checkpoint_is_of_another_training(second, restarted):
     if second:
         write(restarted, second)
     flags, note = restart_flags('a/my_config.py', {}, None)
-    assert flags == [] and 'starts anew' in note
+    assert flags == [] and 'starts as it did then' in note
+
+
+@pytest.mark.parametrize('ahead', [3600, -3600])
+@pytest.mark.parametrize('age', [5, 60])
+def test_the_file_server_has_another_clock(age, ahead, restarted,
+                                           monkeypatch):
+    """A launch 30 seconds ago, where files are dated by another clock."""
+    server = time.time()
+    write(restarted, server - age)
+    monkeypatch.setattr('mmrpa.elastic.time.time', lambda: server - ahead)
+    monkeypatch.setenv('MMRPA_LAUNCHED', str(int(server - ahead - 30)))
+    assert bool(restart_flags('my_config.py', {}, None)[0]) == (age < 30)
+    assert [path.name for path in restarted.iterdir()] == ['last_checkpoint']
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='a call of Linux')
+def test_a_launcher_that_ends_first_is_noticed(monkeypatch):
+    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '0')
+    parents = iter([100, 1])
+    monkeypatch.setattr(os, 'getppid', lambda: next(parents))
+    monkeypatch.setattr('ctypes.CDLL', lambda name: SimpleNamespace(
+        prctl=lambda *args: 0))
+    with pytest.raises(SystemExit) as caught:
+        end_with_launcher()
+    assert caught.value.code == 143
+
+
+@pytest.mark.parametrize('flags', [
+    ['--resume'], ['--res'], ['--r'], ['--resume=auto'], ['--res=auto'],
+    ['--res', 'auto']])
+def test_the_flag_is_found_in_all_its_forms(flags, tmp_path):
+    argv = ['c.py', *flags, '--work-dir', str(tmp_path)]
+    assert settle_resume(argv, 'c.py', dict(load_from='a.pth'),
+                         str(tmp_path))[0] == ['c.py', '--work-dir',
+                                               str(tmp_path)]
 
 
 def test_the_folder_is_the_hosts(restarted, tmp_path):
