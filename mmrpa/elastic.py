@@ -36,7 +36,8 @@ def end_with_launcher() -> None:
                                          int(signal.SIGTERM))
         if failed:
             print('mmrpa: this system does not end the processes of a '
-                  'launcher that is killed with SIGKILL', file=sys.stderr, flush=True)
+                  'launcher that is killed with SIGKILL', file=sys.stderr,
+                  flush=True)
         if os.getppid() != launcher:  # it has ended before the call
             raise SystemExit(128 + signal.SIGTERM)
 

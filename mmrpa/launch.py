@@ -21,7 +21,12 @@ from pathlib import Path
 from typing import NoReturn
 
 from mmrpa.cpu_amp import amp_on_cpu
-from mmrpa.elastic import end_with_launcher, restart_flags, settle_resume
+from mmrpa.elastic import (
+    end_with_launcher,
+    means,
+    restart_flags,
+    settle_resume,
+)
 from mmrpa.interfaces import choose_gloo_interface
 from mmrpa.preflight import (
     ConfigError,
@@ -62,7 +67,8 @@ def run(name: str, doc: str, argv: Sequence[str]) -> None:
         end_with_launcher()
     asks_help = any(arg in ('-h', '--help') for arg in argv)
     try:
-        script, host_argv, cpu_timeout = _prepare(name, args, argv, asks_help)
+        script, host_argv, cpu_timeout, after_full = _prepare(
+            name, args, argv, asks_help)
     except ConfigError as error:
         _stop(f'{name}.py: error: {error}')
     if asks_help:
@@ -90,9 +96,23 @@ def run(name: str, doc: str, argv: Sequence[str]) -> None:
         if error.errno not in _FULL:
             raise
         what = f' ({error.filename})' if error.filename else ''
-        _stop(f'{name}.py: error: {error.strerror}{what}. Checkpoints that '
-              'were written are as they were: make room, then start it again '
-              'with --resume')
+        _stop(f'{name}.py: error: {error.strerror}{what}. {after_full}')
+
+
+def _after_full(name: str, cfg: Mapping) -> str:
+    """What to do after the disk was full."""
+    if name != 'train':
+        return 'Make room, then start it again'
+    hooks = [*(cfg.get('default_hooks') or {}).values(),
+             *(cfg.get('custom_hooks') or ())]
+    kinds = [hook.get('type') if isinstance(hook, Mapping) else type(hook)
+             for hook in hooks]
+    names = [str(getattr(kind, '__name__', kind)).split('.')[-1]
+             for kind in kinds]
+    state = ('Checkpoints that were written are as they were'
+             if 'SafeCheckpointHook' in names else
+             'The newest checkpoint may be half-written; --resume checks it')
+    return f'{state}: make room, then start it again with --resume'
 
 
 def _parse(name: str, doc: str, argv: Sequence[str]) -> argparse.Namespace:
@@ -138,19 +158,20 @@ def _parse(name: str, doc: str, argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _prepare(name: str, args: argparse.Namespace, argv: Sequence[str],
-             asks_help: bool) -> tuple[Path, list[str], timedelta | None]:
+             asks_help: bool) -> tuple[Path, list[str], timedelta | None, str]:
     """Check everything.
 
     Returns:
-        tuple: The host's script, the arguments for it, and the time-out of
-        the process group if this is a distributed run on CPUs, else None.
+        tuple: The host's script, the arguments for it, the time-out of the
+        process group if this is a distributed run on CPUs, else None, and
+        what to tell the user when the disk is full.
     """
     cfg = load_config(args.config, args.cfg_options)
     scope = cfg.get('default_scope')
     script = find_script(scope, name)
     host_argv = [arg for arg in argv if arg not in _OWN_FLAGS]
     if asks_help:
-        return script, host_argv, None
+        return script, host_argv, None, ''
     if name == 'test':
         check_checkpoint(args.checkpoint)
     if name == 'train':
@@ -193,7 +214,7 @@ def _prepare(name: str, args: argparse.Namespace, argv: Sequence[str],
                               'checks)') from error
         for note in notes if _local_rank() == 0 else ():
             print(f'mmrpa: {note}', flush=True)
-    return script, host_argv, cpu_timeout
+    return script, host_argv, cpu_timeout, _after_full(name, cfg)
 
 
 def _data_check_options(cfg: Mapping, args: argparse.Namespace) -> list[str]:
@@ -285,10 +306,7 @@ def _scale_lr(cfg: Mapping, scope: str, argv: list[str]) -> list[str]:
                           'that its learning rate is meant for')
     if scope != 'mmseg':
         return argv
-    kept = [
-        arg for arg in argv
-        if not (arg.startswith('--au') and '--auto-scale-lr'.startswith(arg))
-    ]
+    kept = [arg for arg in argv if not means(arg, '--auto-scale-lr')]
     return [*kept, '--cfg-options', 'auto_scale_lr.enable=True']
 
 

@@ -21,9 +21,9 @@ def host_script(tmp_path, monkeypatch):
                             module.find_latest_checkpoint)
     config, script = tmp_path / 'config.py', tmp_path / 'script.py'
 
-    def run(text, load_from=None, flags=()):
+    def run(text, load_from=None, flags=(), more=''):
         config.write_text(
-            f"default_scope = 'mmdet'\nload_from = {load_from!r}")
+            f"default_scope = 'mmdet'\nload_from = {load_from!r}\n{more}")
         script.write_text(text)
         monkeypatch.setattr(launch, 'find_script', lambda *args: script)
         launch.run('train', '', [str(config), *flags])
@@ -41,15 +41,20 @@ def test_one_line(error, host_script, capsys):
     assert capsys.readouterr().err == 'train.py: error: a.pth is damaged\n'
 
 
-def test_a_full_disk_under_a_log(host_script, capsys):
+@pytest.mark.parametrize('hook, told', [
+    ("'mmrpa.SafeCheckpointHook'",
+     'Checkpoints that were written are as they were'),
+    ("'CheckpointHook'",
+     'The newest checkpoint may be half-written; --resume checks it')])
+def test_a_full_disk_under_a_log(hook, told, host_script, capsys):
     """The log is written oftener than checkpoints, and meets it first."""
     with pytest.raises(SystemExit) as caught:
-        host_script("open('/dev/full', 'w').write('x' * 10 ** 5)")
+        host_script("open('/dev/full', 'w').write('x' * 10 ** 5)",
+                    more=f'default_hooks = dict(c=dict(type={hook}))')
     assert caught.value.code == 1
     assert capsys.readouterr().err == (
-        'train.py: error: No space left on device. Checkpoints that were '
-        'written are as they were: make room, then start it again with '
-        '--resume\n')
+        f'train.py: error: No space left on device. {told}: make room, then '
+        'start it again with --resume\n')
     with pytest.raises(FileNotFoundError):  # a bug is a bug
         host_script("open('no/such/file')")
 
