@@ -10,11 +10,13 @@ closes what other ways there are.
 """
 
 import contextlib
+import hashlib
 import importlib
 import logging
 import os
 import pickle
 import re
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -139,9 +141,13 @@ def forbid_unsafe() -> None:
 
     Whatever ``weights_only`` a host or a library asks for: this is torch's
     own switch, TORCH_FORCE_WEIGHTS_ONLY_LOAD. Its opposite, if the user has
-    set that, is taken out of the environment.
+    set that, is taken out of the environment, and a line says so.
     """
-    os.environ.pop(_ALLOW, None)  # torch refuses to read with both
+    # torch refuses to read with both.
+    if (os.environ.pop(_ALLOW, '0').lower() in ('1', 'y', 'yes', 'true')
+            and os.environ.get('LOCAL_RANK', '0') == '0'):
+        print(f'mmrpa: {_ALLOW} is ignored: checkpoints are read without '
+              'running code', file=sys.stderr, flush=True)
     os.environ[_FORBID] = '1'
 
 
@@ -340,8 +346,10 @@ def load_from_http(filename: str, map_location: Any = None,
                    progress: bool = True) -> Any:
     """mmengine's loader of web addresses.
 
-    The file is kept where ``torch.hub`` keeps it; the first process fetches
-    it, the others wait.
+    The file is kept where ``torch.hub`` keeps it, by its name alone; the
+    first process fetches it, the others wait. If there is one of that name,
+    it is used, and the log says so; a warning, if it does not fit a hash in
+    the name (as in ``name-0123abcd.pth``).
 
     Args:
         filename (str): The address.
@@ -352,6 +360,8 @@ def load_from_http(filename: str, map_location: Any = None,
     from mmengine.dist import barrier, get_rank
     folder = Path(model_dir or Path(torch.hub.get_dir(), 'checkpoints'))
     path = folder / os.path.basename(urlparse(filename).path)
+    if get_rank() == 0 and path.exists():
+        _tell_cached(path, filename)
     for turn in (True, False):
         if turn == (get_rank() == 0) and not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
@@ -360,6 +370,23 @@ def load_from_http(filename: str, map_location: Any = None,
         if turn:
             barrier()
     return _without_program(read_training_checkpoint(path, map_location))
+
+
+def _tell_cached(path: Path, url: str) -> None:
+    """Say that a file is not fetched: another address may end in its name."""
+    from mmengine.logging import print_log
+    print_log(f'using the cached {path} for {url}', logger='current')
+    hashed = re.search(r'-([0-9a-f]{8,64})\.', path.name)
+    if hashed and path.is_file():
+        sha = hashlib.sha256()
+        with open(path, 'rb') as file:
+            while block := file.read(1 << 20):
+                sha.update(block)
+        digest = sha.hexdigest()
+        if not digest.startswith(hashed[1]):
+            _warn(f'{path} has the SHA-256 {digest[:8]}..., not that of its '
+                  'name: if it is of another address, remove it, and it is '
+                  'fetched anew')
 
 
 def _without_program(checkpoint: Any) -> Any:

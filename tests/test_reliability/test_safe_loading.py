@@ -1,6 +1,7 @@
 """Checkpoints of training are read whole, and nothing else is run or read."""
 
 import datetime
+import hashlib
 import os
 import pickle
 import shutil
@@ -260,10 +261,34 @@ def test_addresses_are_read_by_it(saved, tmp_path, monkeypatch,
     assert not (tmp_path / 'ran').exists()
 
 
-def test_what_else_reads_is_told_to_refuse(saved, tmp_path, monkeypatch):
+@pytest.mark.parametrize('name, warned', [
+    ('model.pth', False), ('model-{}.pth', False),
+    ('model-0123abcd.pth', True)])
+def test_a_cached_file_is_told_of(name, warned, saved, tmp_path, monkeypatch,
+                                  mmengine_loaders):
+    """Another address may have had a file of that name."""
+    digest = hashlib.sha256(saved.read_bytes()).hexdigest()
+    path = tmp_path / name.format(digest[:8])
+    shutil.copy(saved, path)
+    lines, warnings = [], []
+    monkeypatch.setattr('mmengine.logging.print_log',
+                        lambda text, logger: lines.append(text))
+    monkeypatch.setattr(safe_loading, '_warn', warnings.append)
+    url = f'https://a.b/c/{path.name}'
+    assert load_from_http(url, model_dir=str(tmp_path))['meta']['epoch'] == 1
+    assert lines == [f'using the cached {path} for {url}']
+    assert len(warnings) == warned
+    assert not warned or digest[:8] in warnings[0]
+
+
+def test_what_else_reads_is_told_to_refuse(saved, tmp_path, monkeypatch,
+                                           capsys):
     monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')
     monkeypatch.setenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '0')
-    forbid_unsafe()
+    for _ in range(2):
+        forbid_unsafe()
+    assert capsys.readouterr().err.count(
+        'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is ignored') == 1
     torch.save(dict(a=Malicious(tmp_path / 'ran')), saved)
     with pytest.raises(pickle.UnpicklingError):
         torch.load(saved, weights_only=False)
