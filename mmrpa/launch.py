@@ -175,6 +175,8 @@ def _prepare(name: str, args: argparse.Namespace, argv: Sequence[str],
     if name == 'test':
         check_checkpoint(args.checkpoint)
     if name == 'train':
+        for path in _iter_pretrained(cfg.get('model')):
+            check_checkpoint(path)
         options = args.cfg_options or {}
         if (args.resume == 'auto' and cfg.get('load_from')
                 and 'load_from' not in options):
@@ -296,6 +298,19 @@ def check_checkpoint(path: str) -> None:
             f'checkpoint {path!r} does not exist (working directory '
             f'{os.getcwd()}). Give a file, or a URL that begins with http:// '
             'or https:// or another prefix known to mmengine')
+
+
+def _iter_pretrained(node: object) -> Iterator[str]:
+    """Yield each file that some ``init_cfg`` of a model config names."""
+    if isinstance(node, Mapping):
+        if type_name(node) == 'Pretrained' and isinstance(
+                node.get('checkpoint'), str):
+            yield node['checkpoint']
+        for child in node.values():
+            yield from _iter_pretrained(child)
+    elif isinstance(node, (list, tuple)):
+        for child in node:
+            yield from _iter_pretrained(child)
 
 
 def _scale_lr(cfg: Mapping, scope: str, argv: list[str]) -> list[str]:

@@ -101,6 +101,21 @@ def test_missing_checkpoint(path, call, capsys, write_config, tmp_path):
     assert not (tmp_path / 'record.json').exists()
 
 
+@pytest.mark.parametrize('several', [False, True])
+def test_missing_weights_to_start_from(several, call, capsys, write_config,
+                                       tmp_path):
+    init_cfg = dict(type='Pretrained', checkpoint='no/such.pth')
+    model = dict(backbone=dict(
+        init_cfg=[dict(type='Kaiming'), init_cfg] if several else init_cfg))
+    config = write_config(dict(bare('mmseg'), model=model))
+    message = fails(call, capsys, 'train', config)
+    assert "checkpoint 'no/such.pth' does not exist" in message
+    assert not (tmp_path / 'record.json').exists()
+    init_cfg['checkpoint'] = 'https://host/a.pth'
+    config = write_config(dict(bare('mmseg'), model=model))
+    assert call('train', config) == [str(config)]
+
+
 def test_missing_config(call, capsys):
     message = fails(call, capsys, 'train', 'no/such.py')
     assert "config 'no/such.py' does not exist" in message
