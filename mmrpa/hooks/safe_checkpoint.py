@@ -183,17 +183,19 @@ def _pointer_aside(pointer: Path) -> Iterator[Path]:
     writes one.
     """
     folder = pointer.with_name(_TEMPORARY.format(pointer.name))
-    if is_main_process():
-        folder.mkdir(exist_ok=True)
+    if not is_main_process():
+        yield folder
+        return
+    folder.mkdir(exist_ok=True)
+    aside = folder / pointer.name
     try:
         yield folder
-        if (folder / pointer.name).is_file():
-            put_in_place(folder / pointer.name, pointer)
+        if aside.is_file():  # the best checkpoint may be all that is saved
+            put_in_place(aside, pointer)
     finally:
-        if is_main_process():
-            with contextlib.suppress(OSError):  # empty or not, it is hidden
-                (folder / pointer.name).unlink(missing_ok=True)
-                folder.rmdir()
+        with contextlib.suppress(OSError):  # empty or not, it is hidden
+            aside.unlink(missing_ok=True)
+            folder.rmdir()
 
 
 def _clear(folder: Path, template: str) -> None:

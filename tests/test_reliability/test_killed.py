@@ -88,7 +88,9 @@ def test_one_kill(folder):
     kill_at(command('mmseg', work_dir, options=options), work_dir, log, 8)
     saved = checkpoint_step(work_dir)
     assert saved in (3, 6)
-    (work_dir / '.iter_6.pth.tmp').write_bytes(b'what a kill may leave')
+    left = work_dir / '.iter_6.pth.tmp'
+    left.write_bytes(b'what a kill may leave')
+    os.utime(left, (1e9, 1e9))  # a young one may be of another process
     # Ends where the killed run has been.
     finish(command('mmseg', work_dir, '--resume',
                    options=(*options, 'val_dataloader=None', 'val_cfg=None',

@@ -378,6 +378,40 @@ def test_a_killed_process_leaves_the_pointer(backend, tmp_path, monkeypatch):
     assert not list(tmp_path.glob('.*'))
 
 
+def test_one_process_writes_the_pointer(tmp_path, monkeypatch):
+    """The others must not rename what the first one writes just now."""
+    pointer = tmp_path / 'last_checkpoint'
+    with safe_checkpoint._pointer_aside(pointer) as folder:
+        (folder / pointer.name).write_text('iter_1.pth')
+        monkeypatch.setattr(safe_checkpoint, 'is_main_process', lambda: False)
+        with safe_checkpoint._pointer_aside(pointer) as others:
+            assert others == folder
+        assert (folder / pointer.name).is_file() and not pointer.exists()
+        monkeypatch.undo()
+    assert pointer.read_text() == 'iter_1.pth'
+    assert list(tmp_path.iterdir()) == [pointer]
+
+
+@pytest.mark.parametrize('kind', ['runner', 'storage'])
+def test_what_it_does_not_guard_is_left_to_mmengine(kind, tmp_path,
+                                                    monkeypatch):
+    """And said: folders of DeepSpeed, files in a store."""
+    lines = []
+    monkeypatch.setattr(safe_checkpoint, 'print_log',
+                        lambda text, **kwargs: lines.append(text))
+    monkeypatch.setattr(
+        safe_checkpoint, 'Runner' if kind == 'runner' else 'LocalBackend',
+        type('Other', (), {}))
+    monkeypatch.setattr(safe_checkpoint, 'put_in_place', None)
+    build(tmp_path, 'iter', Recorder(), every=20).train()
+    assert names(tmp_path) == ['iter_20.pth']
+    assert (tmp_path / 'last_checkpoint').read_text() == str(
+        tmp_path / 'iter_20.pth')
+    assert len(lines) == 1 and 'may be cut short' in lines[0]
+    assert lines[0].startswith('SafeCheckpointHook: ' + dict(
+        runner='Runner writes', storage=f'{tmp_path} is no folder')[kind])
+
+
 @pytest.mark.parametrize('number, fatal', [
     (errno.EINVAL, False), (errno.EACCES, False), (errno.ENOTSUP, False),
     (errno.EIO, True)])
