@@ -6,6 +6,7 @@ that the dtype is bfloat16. ``mmrpa.CPUAmpOptimWrapper`` does both dtypes.
 
 from collections.abc import Mapping, Sequence
 
+from mmrpa.elastic import means
 from mmrpa.preflight import ConfigError, type_name
 
 # Names without scope and of the mmengine scope.
@@ -40,6 +41,5 @@ def amp_on_cpu(cfg: Mapping, asked: bool, argv: Sequence[str]) -> list[str]:
     if str(dtype).removeprefix('torch.') not in _DTYPES:
         raise ConfigError(f'optim_wrapper.dtype must be one of {_DTYPES} for '
                           f'AMP on the CPU, got {dtype!r}')
-    kept = [arg for arg in argv
-            if not (arg.startswith('--am') and '--amp'.startswith(arg))]
+    kept = [arg for arg in argv if not means(arg, '--amp')]
     return [*kept, '--cfg-options', f'optim_wrapper.type={_OURS}']
