@@ -345,10 +345,10 @@ def test_torchvision_of_a_torch(torch, torchvision):
     (r'C:\Users\a b\env\Lib\site-packages\mmcv\_ext.pyd: undefined',
      r'site-packages\mmcv\_ext.pyd: undefined'),
     (r'DLL load failed: C:\Users\alice\y.dll', 'DLL load failed: y.dll'),
-    ('file:///home/a/site-packages/x.so', 'site-packages/x.so'),
+    ('file:///srv/a/site-packages/x.so', 'site-packages/x.so'),
     ('(/opt/x/y.so: bad)', '(y.so: bad)'),
     ('(~/opt/x/y.so: bad)', '(y.so: bad)'),
-    ("/a/b.so needs '/home/a/lib/site-packages/c.so'",
+    ("/a/b.so needs '/srv/a/lib/site-packages/c.so'",
      "b.so needs 'site-packages/c.so'"),
     ('https://example.org/a/b', 'https://example.org/a/b'),
     ('and/or 1/2', 'and/or 1/2')])
