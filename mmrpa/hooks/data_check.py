@@ -74,10 +74,8 @@ class DataCheckHook(Hook):
         try:
             if get_rank() == 0:
                 message = [self._check(runner)]
-        except Exception:
+        finally:
             broadcast_object_list(message)
-            raise
-        broadcast_object_list(message)
         if message[0] is None:
             raise RuntimeError('the first process failed to check the data, '
                                'see its error; DataCheckHook leaves the '
