@@ -183,8 +183,9 @@ def test_representatives_that_float32_cannot_tell_apart(impl, hw_shape):
 
     With 66 800 tokens V_rep's rows differ by 5e-6 of themselves, which is
     less than a hundred roundings of float32, and Q's gradient comes of that
-    difference alone. So float64 computes another one if nothing but V_rep is rounded,
-    once, to float32; ours is off by no more than a few such roundings.
+    difference alone. So float64 computes another one if nothing but V_rep is
+    rounded, once, to float32; ours is off by no more than a few such
+    roundings.
     """
     tensors, grad = operands('large', hw_shape)
     tensors['anchors'] *= 2**-13
