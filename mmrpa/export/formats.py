@@ -18,6 +18,7 @@ from typing import (
     Sequence,
     Tuple,
     Type,
+    Union,
 )
 
 import torch
@@ -50,14 +51,15 @@ class ExportError(RuntimeError):
     """A model that cannot be exported, or a package that is missing."""
 
 
-def export_model(model: ExportModel, path: Path, *, file_format: str = 'onnx',
-                 opset: int = 18, sizes: Sequence[Size] = CHECK_SIZES,
+def export_model(model: ExportModel, path: Union[str, Path], *,
+                 file_format: str = 'onnx', opset: int = 18,
+                 sizes: Sequence[Size] = CHECK_SIZES,
                  about: Optional[Dict[str, Any]] = None) -> List[Checked]:
     """Export a model and check the file; nothing is left if that fails.
 
     Args:
         model (ExportModel): The model.
-        path (Path): The file to write; its folder must exist.
+        path (str | Path): The file to write; its folder must exist.
         file_format (str): ``'onnx'`` or ``'torch-export'``.
         opset (int): Of ONNX, 18 to 23.
         sizes (sequence): (batch, height, width) to check.
@@ -68,10 +70,12 @@ def export_model(model: ExportModel, path: Path, *, file_format: str = 'onnx',
 
     Raises:
         CheckError: The file computes something else.
-        ExportError: torch cannot export the model, or packages are missing.
+        ExportError: torch cannot export the model, or is too old, or packages
+            are missing.
         OSError: The file cannot be written.
         ValueError: An argument does not fit.
     """
+    path = Path(path)
     check_arguments(path, file_format, opset, sizes, model.smallest_side)
     meta = dict(mmrpa_version=__version__, torch_version=torch.__version__,
                 **(about or {}), **model.describe())
@@ -91,7 +95,7 @@ def check_arguments(path: Path, file_format: str, opset: int,
     """Find what is wrong before any work is done.
 
     Raises:
-        ExportError: A package is missing.
+        ExportError: A package is missing, or torch is too old.
         ValueError: An argument does not fit.
     """
     if file_format not in FORMATS:
@@ -113,6 +117,9 @@ def check_arguments(path: Path, file_format: str, opset: int,
                 f'cannot check at {"x".join(map(str, size))}: the batch must '
                 'be at least 1, height and width at least the size of a '
                 f'patch, {smallest}')
+    if not hasattr(fx_config, 'backed_size_oblivious'):
+        raise ExportError(f'torch {torch.__version__} is too old to export a '
+                          'model for all sizes; 2.11 is tested')
     if file_format == 'onnx':
         _need_onnx()
 

@@ -179,7 +179,8 @@ BROKEN = {
         'numpy-too-old', 'cv2 were compiled against a later one',
         'pip install numpy==2'),
     'numpy raises': ([], [], {'numpy/__init__.py': _raising('no _core')},
-                     'numpy-broken', 'no _core', 'pip install numpy=='),
+                     'numpy-broken', 'no _core',
+                     'pip install --force-reinstall numpy=='),
     'no setuptools for the original': (
         ['setuptools', 'onedl-mmengine'],
         [('mmengine', '0.10.7', HEALTHY['onedl-mmengine'][1])], {},
