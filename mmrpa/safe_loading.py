@@ -33,7 +33,6 @@ from .weights.files import (
     explained,
     file_kind,
     read_checkpoint,
-    torch_version,
 )
 
 _STEP_NAME = re.compile(r'(epoch|iter)_(\d+)\.pth')
@@ -405,9 +404,6 @@ def _without_program(checkpoint: Any) -> Any:
 @contextlib.contextmanager
 def _data_types() -> Iterator[None]:
     """Let torch's restricted unpickler build the types listed above."""
-    if torch_version() < (2, 6):
-        yield  # torch takes no names, and the error says what it refused
-        return
     allowed = [(_statistic, 'builtins.getattr'), *_numpy_parts()]
     for module, name in _DATA_TYPES:
         with contextlib.suppress(ModuleNotFoundError):

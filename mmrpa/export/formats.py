@@ -25,7 +25,7 @@ import torch.fx.experimental._config as fx_config
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from .. import __version__
+from .. import __version__, torch_release
 from .check import (
     CHECK_SIZES,
     Checked,
@@ -43,6 +43,8 @@ META_FILE = 'mmrpa.json'
 # square, so that the tracer takes no two axes for one.
 _TRACED = (2, 72, 104)
 _AXES = ({0: 'batch', 2: 'height', 3: 'width'}, )
+# Before, no graph held for sides and batches of 1: no backed_size_oblivious.
+_OLDEST_TORCH = (2, 7)
 _ONNX_PACKAGES = ('onnx', 'onnxscript', 'onnxruntime')
 
 
@@ -91,9 +93,15 @@ def check_arguments(path: Path, file_format: str, opset: int,
     """Find what is wrong before any work is done.
 
     Raises:
-        ExportError: A package is missing.
+        ExportError: A package is missing, or torch too old.
         ValueError: An argument does not fit.
     """
+    if torch_release.release(torch.__version__) < _OLDEST_TORCH:
+        oldest = '.'.join(map(str, _OLDEST_TORCH))
+        raise ExportError(
+            f'the export needs torch {oldest} or later, this is '
+            f"{torch.__version__}: pip install --upgrade 'torch>={oldest}', "
+            'then a torchvision and an mmcv built for it')
     if file_format not in FORMATS:
         raise ValueError(f'format must be one of {FORMATS}, got '
                          f'{file_format!r}')

@@ -351,23 +351,14 @@ def explained(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _stand_ins() -> Iterator[None]:
-    """Let the unpickler of torch see stand-ins, where torch can (2.6)."""
+    """Let the unpickler of torch see stand-ins."""
     names = [(_Inert, name) for name in _STAND_INS]
-    if torch_version() < (2, 6):
-        yield
-        return
     # numpy 2 gives each dtype a class of its own.
     names += [(_Inert, f'numpy.dtypes.{kind}DType')
               for kind in ('Float16', 'Float32', 'Float64', 'Int8', 'UInt8',
                            'Int16', 'Int32', 'Int64', 'Bool')]
     with torch.serialization.safe_globals(names):
         yield
-
-
-def torch_version() -> Tuple[int, int]:
-    """Major and minor version of torch."""
-    major, minor = re.match(r'(\d+)\.(\d+)', torch.__version__).groups()
-    return int(major), int(minor)
 
 
 def _explain(error: str, name: str) -> str:
@@ -380,10 +371,8 @@ def _explain(error: str, name: str) -> str:
                 f'{f" ({reason[1].strip()})" if reason else ""}; download or '
                 'copy it again')
     what = next(text for text in found.groups() if text)
-    old = ('' if torch_version() >= (2, 6) else
-           ' torch 2.6 or later can skip some of it;')
     return (f'{name} holds more than weights: loading it would run {what}, '
-            f'so it was refused;{old} ask its author for the tensors alone '
+            'so it was refused; ask its author for the tensors alone '
             '(torch.save(model.state_dict(), ...) or .safetensors)')
 
 

@@ -208,6 +208,10 @@ def _codes(**changes):
     (dict(ops_cuda='not available'), ['mmcv-cpu-ops']),
     (dict(version='2.9.1+cu128', requires_torch='2.9.1'),
      ['torch-unsafe-load']),
+    (dict(version='2.6.0', requires_torch='2.6.0'), ['torch-unsafe-load']),
+    (dict(version='2.5.1', requires_torch='2.5.1'), ['torch-too-old']),
+    (dict(version='1.13.1', requires_torch='1.13.1'), ['torch-too-old']),
+    (dict(version='3fa9151'), []),  # a build from source
     (dict(version='2.10.0+cu128', requires_torch='2.10.0'), []),
     (dict(has_pip=False), []),
     (dict(python=[3, 13, 0]), ['python']),
