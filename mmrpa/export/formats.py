@@ -4,8 +4,6 @@ import contextlib
 import io
 import json
 import logging
-import os
-import tempfile
 import warnings
 from pathlib import Path
 from typing import (
@@ -26,6 +24,7 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from .. import __version__, torch_release
+from ..whole_files import whole_file
 from .check import (
     CHECK_SIZES,
     Checked,
@@ -79,12 +78,10 @@ def export_model(model: ExportModel, path: Path, *, file_format: str = 'onnx',
                 **(about or {}), **model.describe())
     write, load = ((_write_onnx, _load_onnx) if file_format == 'onnx' else
                    (_write_program, _load_program))
-    with _temporary(path) as temporary:
-        with _quiet():
-            program = _capture(model)
-            write(program, model, temporary, meta, opset)
-            checked = check_program(load(temporary), model, sizes)
-        os.replace(temporary, path)
+    with whole_file(path, path.suffix) as temporary, _quiet():
+        program = _capture(model)
+        write(program, model, temporary, meta, opset)
+        checked = check_program(load(temporary), model, sizes)
     return checked
 
 
@@ -261,22 +258,6 @@ def _load_program(path: Path) -> Callable[[Tensor], Sequence[Tensor]]:
             raise _cannot_run('torch', image, error) from error
 
     return run
-
-
-@contextlib.contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` that is gone afterwards, unless moved."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.stem}.',
-                                    suffix=path.suffix)
-    os.close(handle)
-    try:
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)  # mkstemp's is for us alone
-        yield Path(name)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(name)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ import fcntl
 import logging
 import os
 import re
-import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from mmengine.runner import Runner
 
 from ..registry import HOOKS
 from ..safe_loading import CheckpointSaveError, use_safe_reader
+from ..whole_files import beside
 
 # A younger temporary file may be one that another process writes just now, one
 # of another machine, too, whose locks do not show here.
@@ -179,11 +179,6 @@ class SafeCheckpointHook(CheckpointHook):
         removals.apply(set(written))
 
 
-def _beside(path: Path) -> Path:
-    """A name that no other process writes to, and that no search finds."""
-    return path.with_name(f'.{path.name}.{secrets.token_hex(4)}.tmp')
-
-
 @contextlib.contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
     """A file beside ``path``, empty, and gone afterwards unless renamed.
@@ -191,7 +186,7 @@ def _temporary(path: Path) -> Iterator[Path]:
     It is locked, so that others can tell it from what a killed process has
     left. Only the first process has one, as only it writes.
     """
-    aside = _beside(path)
+    aside = beside(path)
     if not is_main_process():
         yield aside
         return
@@ -214,7 +209,7 @@ def _pointer_aside(pointer: Path) -> Iterator[Path]:
     mmengine empties the file before it writes to it. Only the first process
     writes one.
     """
-    folder = _beside(pointer)
+    folder = beside(pointer)
     if not is_main_process():
         yield folder
         return

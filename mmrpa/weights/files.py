@@ -12,7 +12,6 @@ import os
 import pickle
 import re
 import struct
-import tempfile
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,8 @@ from typing import Any, Dict, Iterator, Mapping, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
+
+from ..whole_files import whole_file
 
 # Where weights are kept inside of checkpoints, the best first. Averaged
 # weights are what their authors evaluated.
@@ -149,10 +150,7 @@ def write_checkpoint(path: Union[str, Path], state_dict: Mapping[str, Tensor],
     # A slice of a larger tensor would take all of it along.
     tensors = {name: value.detach().cpu().contiguous().clone()
                for name, value in state_dict.items()}
-    handle, temporary = tempfile.mkstemp(
-        dir=path.parent, prefix=f'.{path.name}.')
-    os.close(handle)
-    try:
+    with whole_file(path) as temporary:
         if path.suffix == SAFETENSORS:
             _safetensors().save_file(
                 tensors, temporary,
@@ -161,13 +159,6 @@ def write_checkpoint(path: Union[str, Path], state_dict: Mapping[str, Tensor],
             torch.save(
                 dict(state_dict=tensors, meta={META_KEY: dict(meta)}),
                 temporary)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp's is for us alone
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)
 
 
 def _check_path(path: Union[str, Path]) -> None:
