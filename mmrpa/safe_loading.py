@@ -195,15 +195,20 @@ def newest_good_checkpoint(path: str) -> str | None:
 
     Raises:
         CheckpointError: All that there are are damaged, or their names do not
-            tell which is the newest.
+            tell which is the newest, or the disk does not answer.
     """
     from mmengine.dist import broadcast_object_list, is_main_process
     answer: list[str | None] = [None, None]
     if is_main_process():
         try:
             answer[0] = _newest_good(Path(path))
-        except CheckpointError as error:  # nobody must be left waiting
+        # Nobody must be left waiting.
+        except CheckpointError as error:
             answer[1] = str(error)
+        except OSError as error:
+            answer[1] = (
+                f'{error.filename or path} cannot be read: {error.strerror}. '
+                'Mend that, or name another checkpoint (--resume FILE)')
     broadcast_object_list(answer)
     if answer[1] is not None:
         raise CheckpointError(answer[1])
@@ -262,10 +267,10 @@ def _candidates(work_dir: Path) -> list[str]:
         return [named]
     # The folder may have been moved or copied since.
     last = next((path for path in (work_dir / Path(named).name, Path(named))
-                 if named and path.exists()), None)
+                 if named and os.path.exists(path)), None)
     folder = work_dir if last is None else last.parent
     others = [path for path in folder.glob('*.pth')
-              if _STEP_NAME.fullmatch(path.name)]
+              if _STEP_NAME.fullmatch(path.name) and os.path.exists(path)]
     if last is None:
         # Its name was lost, or it was removed.
         others.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)

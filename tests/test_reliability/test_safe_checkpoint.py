@@ -134,7 +134,7 @@ def test_the_search(work_dir, tmp_path, caplog):
     assert found() == 'iter_16.pth'
     # A full disk or a kill has emptied it.
     shutil.copy(work_dir / 'iter_14.pth', work_dir / 'iter_17.pth')
-    for text in ('', '\x00\x00', 'iter_99.pth'):
+    for text in ('', '\x00\x00', 'iter_99.pth', 'x' * 5000):
         pointer.write_text(text)
         assert found() == 'iter_17.pth'
     pointer.unlink()
@@ -142,6 +142,34 @@ def test_the_search(work_dir, tmp_path, caplog):
     (work_dir / 'best_acc_iter_18.pth').write_bytes(b'no')
     assert found() == 'iter_17.pth'
     assert newest_good_checkpoint(str(tmp_path / 'new')) is None
+
+
+@pytest.mark.parametrize('gone', [18, 16])
+def test_links_to_a_disk_that_is_gone(gone, work_dir):
+    link = work_dir / f'iter_{gone}.pth'
+    link.unlink()
+    link.symlink_to('/no/such/disk/iter.pth')
+    assert newest_good_checkpoint(str(work_dir)) == str(
+        work_dir / f'iter_{34 - gone}.pth')
+    damage(work_dir / f'iter_{34 - gone}.pth', 'cut')
+    assert newest_good_checkpoint(str(work_dir)).endswith('iter_14.pth')
+
+
+@pytest.mark.parametrize('where', ['check_archive', '_candidates'])
+def test_a_disk_that_does_not_answer_stops_all_processes(where, work_dir,
+                                                         monkeypatch):
+    """An older checkpoint is not taken for it: it may answer again."""
+    sent = []
+    monkeypatch.setattr('mmengine.dist.broadcast_object_list', sent.append)
+
+    def fail(path, *args):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(safe_loading, where, fail)
+    with pytest.raises(CheckpointError, match='Input/output error') as caught:
+        newest_good_checkpoint(str(work_dir))
+    assert '--resume FILE' in str(caught.value)
+    assert len(sent) == 1  # the others wait for it
 
 
 @pytest.mark.parametrize('noted', [True, False])
