@@ -66,7 +66,7 @@ class _LateRemovals:
 
 
 class _Aside:
-    """A runner for mmengine's code, which then writes aside.
+    """A runner for mmengine's code, which then writes elsewhere.
 
     Args:
         runner (Runner): The runner to use for all else.
@@ -164,7 +164,12 @@ class SafeCheckpointHook(CheckpointHook):
                 runner.save_checkpoint(out_dir, aside.name, *args, **kwargs)
                 if is_main_process():
                     put_in_place(aside, path)
-            written.append(os.path.join(out_dir, filename))
+            written.append(backend.join_path(out_dir, filename))
+
+        def save(out_dir: str, filename: str, *args: Any,
+                 **kwargs: Any) -> None:
+            runner.save_checkpoint(out_dir, filename, *args, **kwargs)
+            written.append(backend.join_path(out_dir, filename))
 
         self._writing, self.file_backend = True, removals
         try:
@@ -173,7 +178,7 @@ class SafeCheckpointHook(CheckpointHook):
                     with _pointer_aside(pointer) as folder:
                         yield _Aside(runner, save_aside, folder)
                 else:
-                    yield runner
+                    yield _Aside(runner, save, pointer.parent)
         finally:
             self._writing, self.file_backend = False, backend
         removals.apply(set(written))

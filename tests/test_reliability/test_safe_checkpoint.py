@@ -473,6 +473,23 @@ def test_what_it_does_not_guard_is_left_to_mmengine(kind, tmp_path,
         runner='Runner writes', storage=f'{tmp_path} is no folder')[kind])
 
 
+@pytest.mark.parametrize('kind', [None, 'runner', 'storage'])
+def test_names_without_a_number(kind, tmp_path, monkeypatch):
+    """The old file that goes has the name of the new one, which must stay."""
+    if kind:
+        monkeypatch.setattr(
+            safe_checkpoint, 'Runner' if kind == 'runner' else 'LocalBackend',
+            type('Other', (), {}))
+    runner = build(tmp_path, 'iter', Recorder(), every=5, max_keep=1)
+    hook, = (hook for hook in runner.hooks if isinstance(
+        hook, safe_checkpoint.SafeCheckpointHook))
+    hook.filename_tmpl = 'model.pth'
+    runner.train()
+    assert names(tmp_path) == ['model.pth']
+    content = read_training_checkpoint(tmp_path / 'model.pth')
+    assert content['meta']['iter'] == 20
+
+
 @pytest.mark.parametrize('number, fatal', [
     (errno.EINVAL, False), (errno.EACCES, False), (errno.ENOTSUP, False),
     (errno.EIO, True)])
