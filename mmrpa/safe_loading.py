@@ -90,6 +90,29 @@ def read_training_checkpoint(
         return torch.load(path, map_location=map_location, weights_only=True)
 
 
+def find_refusal(path: str | Path, name: str | Path) -> str | None:
+    """Why a resume will refuse a checkpoint for what it holds.
+
+    Only the pickle in it is read, no tensor.
+
+    Args:
+        path (str | Path): Where it is.
+        name (str | Path): What to call it.
+
+    Returns:
+        str | None: One sentence; None if it will be read.
+    """
+    try:
+        with explained(str(name)), _data_types():
+            try:
+                torch.load(path, 'cpu', mmap=True, weights_only=True)
+            except (OSError, RuntimeError):
+                return None  # not all file systems can map a file
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
 @contextlib.contextmanager
 def safe_reader() -> Iterator[None]:
     """Let mmengine read files and http addresses by the above for a while.

@@ -20,7 +20,11 @@ from mmengine.logging import print_log
 from mmengine.runner import Runner
 
 from ..registry import HOOKS
-from ..safe_loading import CheckpointSaveError, use_safe_reader
+from ..safe_loading import (
+    CheckpointSaveError,
+    find_refusal,
+    use_safe_reader,
+)
 from ..whole_files import beside
 
 # A younger temporary file may be one that another process writes just now, one
@@ -121,7 +125,7 @@ class SafeCheckpointHook(CheckpointHook):
     def before_train(self, runner) -> None:
         """Find the folder, and clear what a killed process has left in it."""
         super().before_train(runner)
-        self._writing = False
+        self._writing = self._refused = False
         backend = getattr(self.file_backend, 'client', self.file_backend)
         self._safe = (isinstance(backend, LocalBackend)
                       and isinstance(runner, Runner))
@@ -163,6 +167,7 @@ class SafeCheckpointHook(CheckpointHook):
             with explained(path), _temporary(path) as aside:
                 runner.save_checkpoint(out_dir, aside.name, *args, **kwargs)
                 if is_main_process():
+                    self._tell_of_refusal(aside, path)
                     put_in_place(aside, path)
             written.append(backend.join_path(out_dir, filename))
 
@@ -182,6 +187,17 @@ class SafeCheckpointHook(CheckpointHook):
         finally:
             self._writing, self.file_backend = False, backend
         removals.apply(set(written))
+
+    def _tell_of_refusal(self, aside: Path, path: Path) -> None:
+        """Warn, once, of a checkpoint that no resume will take."""
+        refusal = None if self._refused else find_refusal(aside, path)
+        if refusal is not None:
+            self._refused = True
+            print_log(f'SafeCheckpointHook: no resume will take {refusal}. '
+                      'Look for a hook or a metric that puts something into '
+                      'the checkpoint or the message hub; plain values, '
+                      'tensors and numpy arrays are read', logger='current',
+                      level=logging.WARNING)
 
 
 @contextlib.contextmanager

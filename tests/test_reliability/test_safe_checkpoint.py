@@ -7,8 +7,10 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import deque
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
@@ -471,6 +473,34 @@ def test_what_it_does_not_guard_is_left_to_mmengine(kind, tmp_path,
     assert len(lines) == 1 and 'may be cut short' in lines[0]
     assert lines[0].startswith('SafeCheckpointHook: ' + dict(
         runner='Runner writes', storage=f'{tmp_path} is no folder')[kind])
+
+
+@pytest.mark.parametrize('value, told', [
+    (deque([1]), True), (dict(a=np.float64(1), b=[None, 'c']), False)])
+def test_what_a_resume_will_refuse_is_told_while_training(
+        value, told, tmp_path, monkeypatch):
+    """Not after the days that are to be gone on from."""
+    lines = []
+    monkeypatch.setattr(safe_checkpoint, 'print_log',
+                        lambda text, **kwargs: lines.append(text))
+
+    class Keeper(Recorder):
+
+        def before_train(self, runner):
+            runner.message_hub.update_info('kept', value)
+
+    build(tmp_path, 'iter', Keeper(), every=10).train()
+    assert names(tmp_path) == ['iter_10.pth', 'iter_20.pth']
+    refused = False
+    try:
+        read_training_checkpoint(tmp_path / 'iter_10.pth')
+    except CheckpointError:
+        refused = True
+    assert refused == told
+    assert len(lines) == told  # once
+    if told:
+        assert f'{tmp_path}/iter_10.pth' in lines[0]
+        assert 'collections.deque' in lines[0]
 
 
 @pytest.mark.parametrize('kind', [None, 'runner', 'storage'])
