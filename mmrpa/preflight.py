@@ -19,8 +19,11 @@ _SPLITS = ('train', 'val', 'test')
 # theirs counts something else: rpn_head (objectness), semantic_head (stuff).
 _HEADS = ('bbox_head', 'mask_head', 'mask_iou_head', 'point_head',
           'decode_head', 'auxiliary_head', 'head')
-# Heads at such a place whose classes are others: STDC's boundaries.
-_OTHER_CLASSES = ('STDCHead', )
+# Heads at such a place whose classes are others: STDC's boundaries, words of a
+# text.
+_OTHER_CLASSES = ('STDCHead', 'ATSSVLFusionHead', 'GroundingDINOHead')
+# Datasets with more classes than trackers learn: of MOT's 13 one or a few.
+_MORE_CLASSES = ('MOTChallengeDataset', )
 # Datasets of mmpretrain that fetch themselves what is not there.
 _DOWNLOADERS = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')
 
@@ -264,7 +267,9 @@ class _Dataset:
         if inherits(self.cls, 'mmpretrain.datasets.custom', 'CustomDataset',
                      'load_data_list'):
             classes = self._check_folders(classes, found)
-        if classes is None:
+        # A panoptic dataset's stuff is a matter of other heads than these.
+        classes = self._metainfo('thing_classes') or classes
+        if classes is None or type_name(self.cfg) in _MORE_CLASSES:
             return
         for head, num_classes in heads:
             if num_classes != len(classes):
@@ -339,15 +344,20 @@ class _Dataset:
             return value
         return osp.join(root, value)
 
+    def _metainfo(self, name: str) -> Sequence[str] | None:
+        """A value of the config's metainfo, else of the dataset's type."""
+        value = (self.cfg.get('metainfo') or {}).get(name)
+        if value is None:
+            value = getattr(self.cls, 'METAINFO', {}).get(name)
+        return value
+
     def _classes(self,
                  found: _Findings) -> tuple[Sequence[str] | None, str]:
         """Names of the classes, and ' (from FILE)' if they are in a file."""
         key = f'{self.key}.metainfo.classes'
-        classes = (self.cfg.get('metainfo') or {}).get('classes')
+        classes = self._metainfo('classes')
         if self.cfg.get('classes') is not None:
             key, classes = f'{self.key}.classes', self.cfg['classes']
-        if classes is None:
-            classes = getattr(self.cls, 'METAINFO', {}).get('classes')
         if not isinstance(classes, str):
             return classes, ''
         if osp.isfile(classes):

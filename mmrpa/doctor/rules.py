@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, Callable, Dict, Iterator, Tuple
 
+from .. import OLDEST_TORCH
 from .commands import (
     FORKS,
     INSTALL,
@@ -28,10 +29,9 @@ _OLD_NUMPY = ('compiled using NumPy 1.x', '_ARRAY_API not found',
 _DISTRIBUTIONS = dict(PIL='pillow', yaml='pyyaml', skimage='scikit-image',
                       sklearn='scikit-learn', attr='attrs',
                       pkg_resources="'setuptools<82'")
-# Where torch.load(weights_only=True) does not keep code out: releases before
-# the one given. Of 2025-04 (GHSA-53q9-r3pm-6pq6) and 2026-01
-# (GHSA-63cw-57p8-fm3p).
-HOLES = (((2, 6), 'CVE-2025-32434'), ((2, 10), 'CVE-2026-24747'))
+# The first release whose torch.load(weights_only=True) keeps code out, as far
+# as is known: CVE-2026-24747 (GHSA-63cw-57p8-fm3p) of 2026-01.
+SAFE_TORCH = (2, 10)
 
 
 def find_problems(facts: Facts) -> list[Finding]:
@@ -104,6 +104,20 @@ def _torch(facts: Facts) -> Iterator[Finding]:
                       result['error'] +
                       ('' if lacking else build_in_words(facts)),
                       lacking or INSTALL)
+
+
+def _old_torch(facts: Facts) -> Iterator[Finding]:
+    torch = facts['probes']['torch'].get('found')
+    if torch and (0, 0) < _release(torch['version']) < OLDEST_TORCH:
+        yield Finding(
+            'torch-too-old', f"torch is {torch['version']}, mmrpa needs "
+            f"{'.'.join(map(str, OLDEST_TORCH))} or later and refuses to be "
+            'imported' + build_in_words(facts), INSTALL + _rebuild(facts))
+
+
+def _rebuild(facts: Facts) -> str:
+    """Another torch needs other ops."""
+    return f' && {build_mmcv(facts)}' if facts['has_ops'] else ''
 
 
 def _torchvision(facts: Facts) -> Iterator[Finding]:
@@ -414,18 +428,16 @@ def _reinstall(facts: Facts, package: str, result: dict[str, Any]) -> str:
 
 def _unsafe_torch(facts: Facts) -> Iterator[Finding]:
     torch = facts['probes']['torch'].get('found')
-    release = _release(torch['version']) if torch else (0, 0)
-    holes = [name for fixed, name in HOLES if release < fixed]
-    if not holes or release == (0, 0):
+    # With an older one mmrpa reads nothing.
+    if not torch or not (OLDEST_TORCH <= _release(torch['version'])
+                         < SAFE_TORCH):
         return
-    # Another torch needs other ops.
-    rebuild = f' && {build_mmcv(facts)}' if facts['has_ops'] else ''
     yield Finding(
         'torch-unsafe-load', f"torch {torch['version']}: a checkpoint made "
-        f'for it can run code although weights_only is set '
-        f'({", ".join(holes)}). Until torch is {HOLES[-1][0][0]}.'
-        f'{HOLES[-1][0][1]} or later, load only .safetensors, or .pth files '
-        'that you trust' + build_in_words(facts), INSTALL + rebuild)
+        'for it can run code although weights_only is set (CVE-2026-24747). '
+        f'Until torch is {".".join(map(str, SAFE_TORCH))} or later, load only '
+        '.safetensors, or .pth files that you trust' + build_in_words(facts),
+        INSTALL + _rebuild(facts))
 
 
 def _safetensors(facts: Facts) -> Iterator[Finding]:
@@ -437,6 +449,6 @@ def _safetensors(facts: Facts) -> Iterator[Finding]:
 
 RULES: Tuple[Callable[[Facts], Iterator[Finding]], ...] = (
     # numpy that crashes takes torch along, and so OpenCV does with mmcv.
-    _python, _numpy, _torch, find_refusals, _torchvision, *GPU_RULES,
-    _several_owners, _opencv, _mmengine, _mmcv, _setuptools, _weights_only,
-    _coco, _hosts, _mmseg_base, _safetensors)
+    _python, _numpy, _torch, _old_torch, find_refusals, _torchvision,
+    *GPU_RULES, _several_owners, _opencv, _mmengine, _mmcv, _setuptools,
+    _weights_only, _coco, _hosts, _mmseg_base, _safetensors)

@@ -4,8 +4,6 @@ import contextlib
 import io
 import json
 import logging
-import os
-import tempfile
 import warnings
 from pathlib import Path
 from typing import (
@@ -26,7 +24,8 @@ import torch.fx.experimental._config as fx_config
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from .. import __version__
+from .. import __version__, torch_release
+from ..whole_files import whole_file
 from .check import (
     CHECK_SIZES,
     Checked,
@@ -44,6 +43,8 @@ META_FILE = 'mmrpa.json'
 # square, so that the tracer takes no two axes for one.
 _TRACED = (2, 72, 104)
 _AXES = ({0: 'batch', 2: 'height', 3: 'width'}, )
+# Before, no graph held for sides and batches of 1: no backed_size_oblivious.
+_OLDEST_TORCH = (2, 7)
 _ONNX_PACKAGES = ('onnx', 'onnxscript', 'onnxruntime')
 
 
@@ -81,12 +82,10 @@ def export_model(model: ExportModel, path: Union[str, Path], *,
                 **(about or {}), **model.describe())
     write, load = ((_write_onnx, _load_onnx) if file_format == 'onnx' else
                    (_write_program, _load_program))
-    with _temporary(path) as temporary:
-        with _quiet():
-            program = _capture(model)
-            write(program, model, temporary, meta, opset)
-            checked = check_program(load(temporary), model, sizes)
-        os.replace(temporary, path)
+    with whole_file(path, path.suffix) as temporary, _quiet():
+        program = _capture(model)
+        write(program, model, temporary, meta, opset)
+        checked = check_program(load(temporary), model, sizes)
     return checked
 
 
@@ -98,6 +97,12 @@ def check_arguments(path: Path, file_format: str, opset: int,
         ExportError: A package is missing, or torch is too old.
         ValueError: An argument does not fit.
     """
+    if torch_release.release(torch.__version__) < _OLDEST_TORCH:
+        oldest = '.'.join(map(str, _OLDEST_TORCH))
+        raise ExportError(
+            f'the export needs torch {oldest} or later, this is '
+            f"{torch.__version__}: pip install --upgrade 'torch>={oldest}', "
+            'then a torchvision and an mmcv built for it')
     if file_format not in FORMATS:
         raise ValueError(f'format must be one of {FORMATS}, got '
                          f'{file_format!r}')
@@ -117,9 +122,6 @@ def check_arguments(path: Path, file_format: str, opset: int,
                 f'cannot check at {"x".join(map(str, size))}: the batch must '
                 'be at least 1, height and width at least the size of a '
                 f'patch, {smallest}')
-    if not hasattr(fx_config, 'backed_size_oblivious'):
-        raise ExportError(f'torch {torch.__version__} is too old to export a '
-                          'model for all sizes; 2.11 is tested')
     if file_format == 'onnx':
         _need_onnx()
 
@@ -260,22 +262,6 @@ def _load_program(path: Path) -> Callable[[Tensor], Sequence[Tensor]]:
             raise _cannot_run('torch', image, error) from error
 
     return run
-
-
-@contextlib.contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` that is gone afterwards, unless moved."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.stem}.',
-                                    suffix=path.suffix)
-    os.close(handle)
-    try:
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)  # mkstemp's is for us alone
-        yield Path(name)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(name)
 
 
 @contextlib.contextmanager

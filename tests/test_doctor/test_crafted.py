@@ -222,10 +222,10 @@ BROKEN = {
     'torchvision without pillow': ([], [], {'torchvision/ops.py':
         'import PIL'}, 'torchvision-broken', "No module named 'PIL'",
         'pip install pillow'),
-    'torch that loads code': ([], [], {'torch/__init__.py': TORCH.replace(
-        '2.11.0', '2.5.1+cpu')}, 'torch-unsafe-load',
-        '(CVE-2025-32434, CVE-2026-24747)', 'pip install --force-reinstall '
-        '--no-deps torch=='),
+    'torch that mmrpa refuses': ([], [], {'torch/__init__.py': TORCH.replace(
+        '2.11.0', '2.5.1+cpu')}, 'torch-too-old', 'torch is 2.5.1+cpu, mmrpa '
+        'needs 2.6 or later', 'pip install --force-reinstall --no-deps '
+        'torch=='),
     'torch that corrupts memory': ([], [], {'torch/__init__.py': TORCH.replace(
         '2.11.0', '2.9.1')}, 'torch-unsafe-load', 'is set (CVE-2026-24747)',
         '--no-binary=onedl-mmcv onedl-mmcv=='),

@@ -314,6 +314,10 @@ def _codes(**changes):
     (dict(ops_cuda='not available'), ['mmcv-cpu-ops']),
     (dict(version='2.9.1+cu128', requires_torch='2.9.1'),
      ['torch-unsafe-load']),
+    (dict(version='2.6.0', requires_torch='2.6.0'), ['torch-unsafe-load']),
+    (dict(version='2.5.1', requires_torch='2.5.1'), ['torch-too-old']),
+    (dict(version='1.13.1', requires_torch='1.13.1'), ['torch-too-old']),
+    (dict(version='3fa9151'), []),  # a build from source
     (dict(version='2.10.0+cu128', requires_torch='2.10.0'), []),
     # A build for AMD's GPUs, which "cuda" is the word for, too.
     (dict(cuda=None, archs=[], capabilities=[[9, 0]], gpus=[],

@@ -20,7 +20,6 @@ import mmrpa.export.formats as formats
 from mmrpa.export import (
     CHECK_SIZES,
     CheckError,
-    ExportError,
     ExportModel,
     export_model,
 )
@@ -309,12 +308,3 @@ def test_backbone_weights_alone(config, tmp_path):
     x = torch.randn(1, 3, 32, 40)
     assert all(a.equal(b) for a, b in zip(
         alone(x), whole.backbone(x), strict=True))
-
-
-def test_torch_that_cannot_export_is_named(config, tmp_path, monkeypatch):
-    """Older ones lack the switch without which a batch of 1 is a case."""
-    monkeypatch.setattr(formats, 'fx_config', object())
-    with pytest.raises(ExportError, match=rf'torch {torch.__version__[:4]}.* '
-                       'is too old to export'):
-        export_model(load(config), tmp_path / 'model.pt2',
-                     file_format='torch-export')

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mmdet
 import pytest
 import torch
 from mmdet.registry import DATASETS
@@ -17,6 +18,7 @@ from mmrpa.preflight import (
     ConfigError,
     MissingPathError,
     check_config,
+    find_problems,
     type_name,
 )
 
@@ -340,6 +342,37 @@ def test_boundaries_are_no_classes(make):
     cfg.model.auxiliary_head = [dict(type='STDCHead', num_classes=2)]
     cfg.model.decode_head.num_classes = 3
     assert all('auxiliary' not in p for p in complaint(cfg))
+
+
+# Configs that mmdet ships, whose heads have another number of classes than the
+# data, and train all the same.
+@pytest.mark.parametrize('name', [
+    'panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco',  # RoI heads know things only
+    'qdtrack/qdtrack_faster-rcnn_r50_fpn_8xb2-4e_mot17halftrain_test-'
+    'mot17halfval',  # one class of MOT's 13
+    'deepsort/deepsort_faster-rcnn_r50_fpn_8xb2-4e_mot17train_test-mot17test',
+    # Classes are words of a text.
+    'glip/lvis/glip_atss_swin-t_a_fpn_dyhead_pretrain_zeroshot_mini-lvis',
+    'mm_grounding_dino/coco/grounding_dino_swin-t_finetune_16xb4_1x_coco'])
+def test_heads_that_count_otherwise(name):
+    configs = Path(mmdet.__file__).parent / '.mim' / 'configs'
+    cfg = Config.fromfile(configs / f'{name}.py')
+    problems, _ = find_problems(cfg, ('train', 'val', 'test'), False)
+    assert {problem.code for problem in problems} <= {'missing-path'}
+
+
+def test_things_are_what_roi_heads_count(make):
+    cfg = make('mmdet', **{
+        f'{split}_dataloader.dataset.{key}': value
+        for split in ('train', 'val', 'test') for key, value in (
+            ('type', 'CocoPanopticDataset'),
+            ('metainfo.thing_classes', ('cat', )),
+            ('metainfo.stuff_classes', ('sky', )))})
+    cfg.model = dict(roi_head=dict(bbox_head=dict(num_classes=2)))
+    assert all('roi_head.bbox_head.num_classes=1' in problem
+               for problem in complaint(cfg))
+    cfg.model.roi_head.bbox_head.num_classes = 1
+    assert check_config(cfg) == []
 
 
 def test_types_that_are_classes(monkeypatch):
