@@ -197,7 +197,7 @@ COMPILE = '--no-binary=onedl-mmcv onedl-mmcv==' + TESTED['onedl-mmcv']
 
 @pytest.mark.parametrize('fault, code', [
     ('no ops', 'mmcv-no-ops'), ('ops for a CPU', 'mmcv-cpu-ops'),
-    ('an old torch', 'torch-unsafe-load')])
+    ('an old torch', 'torch-too-old')])
 def test_compiled_mmcv_takes_the_original_and_who_refuses_it_along(fault,
                                                                    code):
     """mmdet 3.3.0 and mmsegmentation 1.2.2 take no mmcv from 2.2 on."""
