@@ -20,7 +20,7 @@ _SPLITS = ('train', 'val', 'test')
 _HEADS = ('bbox_head', 'mask_head', 'mask_iou_head', 'point_head',
           'decode_head', 'auxiliary_head', 'head')
 # Heads at such a place whose classes are others: STDC's boundaries.
-_OTHER_CLASSES = ('STDCHead', )
+OTHER_CLASSES = ('STDCHead', )
 # Datasets of mmpretrain that fetch themselves what is not there.
 _DOWNLOADERS = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')
 
@@ -166,7 +166,7 @@ def _iter_heads(node: object, key: str,
     """Yield (dotted key, num_classes) of each head of a model config."""
     if isinstance(node, Mapping):
         if (in_head and isinstance(node.get('num_classes'), int)
-                and type_name(node) not in _OTHER_CLASSES):
+                and type_name(node) not in OTHER_CLASSES):
             yield f'{key}.num_classes', node['num_classes']
         for name, child in node.items():
             yield from _iter_heads(child, f'{key}.{name}', name in _HEADS)

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from .findings import Findings
+from .ignored import Consumer
 from .images import ImageFacts, read_all, read_image, spread
 from .loaders import image_decoder
 
@@ -59,8 +60,9 @@ class Context:
         options (Options): How much to read.
         steps (list[Mapping]): The transforms of its pipeline, those within
             others included.
-        ignored_by_heads (frozenset[int]): ignore_index of the heads of a
-            segmentor; empty if there are none.
+        consumers (tuple[Consumer]): What is given the labels of the maps in
+            the splits that use the dataset; empty if that is not known.
+        ignorable (frozenset[int]): Labels that may be ignored in that case.
         unread (list[str]): Files that there was too little memory for.
     """
 
@@ -69,7 +71,8 @@ class Context:
     findings: Findings
     options: Options
     steps: list[Mapping] = field(default_factory=list)
-    ignored_by_heads: frozenset[int] = frozenset()
+    consumers: tuple[Consumer, ...] = ()
+    ignorable: frozenset[int] = frozenset()
     unread: list[str] = field(default_factory=list)
 
     def add(self, code: str, example: str, count: int = 1) -> None:

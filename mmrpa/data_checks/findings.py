@@ -141,10 +141,10 @@ PROBLEMS = {
         'a label map as a JPEG, which blurs the numbers',
         'write it as PNG from its source'),
     'label-range': Kind(
-        'a label beyond the classes: an error on a CPU, a device-side assert '
-        'on a GPU, or another class',
-        'correct the labels, or add the classes; 255 is ignored, another '
-        'label if it is ignore_index of all heads'),
+        'a label that is no class and not ignored: an error on a CPU, a '
+        'device-side assert on a GPU, another class, or a wrong metric',
+        'correct the labels, or add the classes; ignored is the ignore_index '
+        'of each head (255 by default), in a validation that of the metric'),
     'label-map-binary': Kind(
         'label maps of black and white, 0 and 255, for two classes: 255 is '
         'ignored, so the second class is never learned',

@@ -77,6 +77,18 @@ def label_that_only_the_dataset_ignores(data):
     data.train.ignore_index = 20
 
 
+@case('mmseg', 'label-range', '[0] become 255 when loaded; not ignored by '
+      'model.auxiliary_head.1 (ignore_index=20)')
+def label_that_one_head_of_three_does_not_ignore(data):
+    head = dict(type='FCNHead', num_classes=6)
+    data.cfg.model.auxiliary_head = [head, dict(head, ignore_index=20)]
+
+
+@case('mmseg', 'label-range', 'not ignored by val_evaluator (ignore_index=20)')
+def label_that_the_metric_does_not_ignore(data):
+    data.cfg.val_evaluator.ignore_index = 20
+
+
 @case('mmseg', 'label-map-binary', '12 label maps have the labels [0, 255]')
 def masks_of_black_and_white(data):
     rewrite(data, lambda x: np.where(x > 1, 255, 0).astype(np.uint8))

@@ -234,10 +234,14 @@ def with_corner(pixels: np.ndarray, value: int, kind: type) -> np.ndarray:
     return pixels
 
 
-def ignored_label_of_all_heads(data):
-    # 20 after the reduction
-    rewrite_maps(data, lambda x: with_corner(x, 21, np.uint8))
+def ignored_label_of_head_and_metric(data):
+    # Not with reduce_zero_label: that makes 255 of 0.
+    rewrite_maps(data, lambda x: np.where(x == 0, 20, x - 1).astype(np.uint8))
+    for split in ('train', 'val', 'test'):
+        dataset = data.cfg[f'{split}_dataloader'].dataset
+        dataset.reduce_zero_label = False
     data.cfg.model.decode_head.ignore_index = 20
+    data.cfg.val_evaluator.ignore_index = 20
 
 
 def ignored_label_of_two_bytes(data):
@@ -278,7 +282,7 @@ def suffix_in_capitals(data):
     ('mmdet', odd_annotations_to_be_ignored),
     ('mmdet', odd_annotations_of_a_class_left_out),
     ('mmseg', maps_with_a_palette),
-    ('mmseg', ignored_label_of_all_heads),
+    ('mmseg', ignored_label_of_head_and_metric),
     ('mmseg', ignored_label_of_two_bytes),
     ('mmseg', unlabelled_set),
     ('mmpretrain', names_that_are_not_the_folders),
