@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mmrpa.coco_categories import read_categories
 
@@ -266,6 +266,8 @@ class _Dataset:
             classes = self._check_folders(classes, found)
         if classes is None:
             return
+        # Of a panoptic set, the heads that are compared tell the things.
+        classes = self._from_metainfo('thing_classes') or classes
         for head, num_classes in heads:
             if num_classes != len(classes):
                 found.problem(
@@ -343,11 +345,9 @@ class _Dataset:
                  found: _Findings) -> tuple[Sequence[str] | None, str]:
         """Names of the classes, and ' (from FILE)' if they are in a file."""
         key = f'{self.key}.metainfo.classes'
-        classes = (self.cfg.get('metainfo') or {}).get('classes')
+        classes = self._from_metainfo('classes')
         if self.cfg.get('classes') is not None:
             key, classes = f'{self.key}.classes', self.cfg['classes']
-        if classes is None:
-            classes = getattr(self.cls, 'METAINFO', {}).get('classes')
         if not isinstance(classes, str):
             return classes, ''
         if osp.isfile(classes):
@@ -363,6 +363,12 @@ class _Dataset:
                       f'{key}={classes!r} is a string and no file of that '
                       f'name exists. For one class write ({classes!r}, )')
         return None, ''
+
+    def _from_metainfo(self, name: str) -> Any:
+        """A value of the config's metainfo, else of that of the type."""
+        value = (self.cfg.get('metainfo') or {}).get(name)
+        return getattr(self.cls, 'METAINFO', {}).get(
+            name) if value is None else value
 
     def _check_folders(self, classes: Sequence[str] | None,
                        found: _Findings) -> Sequence[str] | None:
