@@ -180,6 +180,7 @@ NOTES = {
     'batch': 'effective batch',
     'no-annotations': 'images without annotations',
     'crowd-only': 'images with crowd annotations only',
+    'filtered-image': 'images that filter_cfg leaves out',
     'box-tiny': 'boxes of less than a pixel',
     'class-without-samples': 'classes without any sample',
     'skipped-file': 'files that the dataset does not read',

@@ -40,9 +40,14 @@ def find_consumers(cfg: Mapping, split: str) -> tuple[Consumer, ...]:
     Returns:
         tuple[Consumer]: Empty if the config has none that is known.
     """
-    found = (_of_heads(cfg.get('model'), 'model') if split == 'train' else
-             _of_metrics(cfg.get(f'{split}_evaluator'), f'{split}_evaluator'))
-    return tuple(found)
+    return tuple(_of_heads(cfg.get('model'), 'model') if split == 'train' else
+                 _of_metrics(cfg, split))
+
+
+def find_metrics(cfg: Mapping, split: str) -> Iterator[tuple[str, Mapping]]:
+    """Yield (dotted key, settings) of the evaluators of a split."""
+    key = f'{split}_evaluator'
+    yield from _items(cfg.get(key), key)
 
 
 def _of_heads(node: Any, key: str) -> Iterator[Consumer]:
@@ -73,11 +78,11 @@ def _of_head(head: Mapping, key: str) -> Iterator[Consumer]:
         yield from _consumer(loss, loss_key, _OWN_SETTINGS[type_name(loss)])
 
 
-def _of_metrics(evaluators: Any, key: str) -> Iterator[Consumer]:
-    for metric_key, metric in _items(evaluators, key):
+def _of_metrics(cfg: Mapping, split: str) -> Iterator[Consumer]:
+    for key, metric in find_metrics(cfg, split):
         # Others take labels from elsewhere, or are not known here.
         if type_name(metric) == 'IoUMetric' and not metric.get('format_only'):
-            yield from _consumer(metric, metric_key, 'ignore_index')
+            yield from _consumer(metric, key, 'ignore_index')
 
 
 def _items(node: Any, key: str) -> Iterator[tuple[str, Mapping]]:

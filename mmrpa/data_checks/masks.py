@@ -43,7 +43,7 @@ def check_label_maps(context: Context) -> Histogram | None:
         context.add('no-images', f'{dataset.data_prefix.get("img_path")}: no '
                     f'file ends in {dataset.img_suffix!r}')
         return None
-    return _LabelCheck(context, pairs).check()
+    return _LabelCheck(context, context.subset(pairs)).check()
 
 
 def _list_pairs(context: Context) -> list[_Pair]:
@@ -61,7 +61,8 @@ def _list_pairs(context: Context) -> list[_Pair]:
         with open(dataset.ann_file, encoding='utf-8') as file:
             stems = [line.strip() for line in file]
     else:
-        stems = sorted(_find(context, images, dataset.img_suffix))
+        stems = sorted(_find(context, images, dataset.img_suffix),
+                       key=lambda stem: stem + dataset.img_suffix)
         if maps is not None and not context.options.quick:
             _note_lonely(context, maps, stems)
     return [
@@ -140,7 +141,7 @@ class _LabelCheck:
 
         for pair, facts in self.context.read(
                 self.pairs, lambda pair: pair, read):
-            readable = facts.image is not None and self.context.report_file(
+            readable = facts.image is not None and self.context.report_image(
                 pair.image, facts.image)
             if facts.labels is not None and self.context.report_file(
                     pair.labels, facts.labels, 'missing-label-map'):

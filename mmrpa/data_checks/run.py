@@ -19,17 +19,22 @@ from .coco import check_coco
 from .context import Context, Histogram, Options
 from .findings import PROBLEMS, Findings
 from .folders import check_folders
-from .ignored import Consumer, find_consumers
+from .ignored import Consumer, find_consumers, find_metrics
 from .masks import check_label_maps
 
 # What a dataset raises of arguments that it refuses, or that have a type or
 # lack a key that it did not expect. Another error is a mistake of its code.
 _REFUSALS = (TypeError, ValueError, AssertionError, LookupError,
              AttributeError, OSError)
-_CHECKS: tuple[tuple[str, str, Callable[[Context], Histogram | None]], ...] = (
-    ('mmdet.datasets.coco', 'CocoDataset', check_coco),
-    ('mmseg.datasets.basesegdataset', 'BaseSegDataset', check_label_maps),
-    ('mmpretrain.datasets.custom', 'CustomDataset', check_folders),
+# Module and class, what a type made from it must leave as it is, the check.
+_CHECKS: tuple[tuple[str, str, tuple[str, ...],
+                     Callable[[Context], Histogram | None]], ...] = (
+    ('mmdet.datasets.coco', 'CocoDataset',
+     ('load_data_list', 'parse_data_info'), check_coco),
+    ('mmseg.datasets.basesegdataset', 'BaseSegDataset',
+     ('load_data_list', ), check_label_maps),
+    ('mmpretrain.datasets.custom', 'CustomDataset',
+     ('load_data_list', ), check_folders),
 )
 
 
@@ -112,9 +117,12 @@ def check_data(cfg: Mapping, splits: Sequence[str] = ('train', 'val'),
         if any(key == where or key.startswith(f'{where}.')
                for key in hopeless):
             continue
+        metrics = tuple(metric for split in used_in
+                        for _, metric in find_metrics(cfg, split))
         consumers = [find_consumers(cfg, split) for split in used_in]
         histogram = _check_dataset(where, dataset, scope, findings, options,
-                                   tuple(chain(*consumers)), ignorable)
+                                   tuple(chain(*consumers)), ignorable,
+                                   tuple(used_in), metrics)
         if histogram is not None:
             report.histograms[where] = histogram
     report.seconds = monotonic() - start
@@ -145,10 +153,12 @@ def _unique_datasets(cfg: Mapping, splits: Sequence[str]
 def _check_dataset(where: str, cfg: Mapping, scope: str | None,
                    findings: Findings, options: Options,
                    consumers: tuple[Consumer, ...],
-                   ignorable: frozenset[int]) -> Histogram | None:
+                   ignorable: frozenset[int], splits: tuple[str, ...],
+                   metrics: tuple[Mapping, ...]) -> Histogram | None:
     cls = find_class(cfg.get('type'), scope)
-    check = next((check for module, name, check in _CHECKS
-                  if inherits(cls, module, name, 'load_data_list')), None)
+    check = next((check for module, name, methods, check in _CHECKS
+                  if all(inherits(cls, module, name, method)
+                         for method in methods)), None)
     backends = [backend_of(cfg, path) for path in _paths(cfg)]
     if check is None or any(backends):
         reason = (f'type {cfg.get("type")!r}' if check is None else
@@ -174,7 +184,7 @@ def _check_dataset(where: str, cfg: Mapping, scope: str | None,
         return None
     steps = list(_steps(cfg.get('pipeline')))
     return check(Context(where, dataset, findings, options, steps,
-                         consumers, ignorable))
+                         consumers, ignorable, splits, metrics))
 
 
 def _paths(cfg: Mapping) -> Iterator[str]:

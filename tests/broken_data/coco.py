@@ -1,5 +1,7 @@
 """Broken annotation files in COCO's format."""
 
+import json
+
 import numpy as np
 from pycocotools import mask as pycoco
 
@@ -42,6 +44,11 @@ def no_images_key(data):
 @case('mmdet', 'no-images', "'images' is empty")
 def no_images(data):
     data.coco.update(images=[], annotations=[])
+
+
+@case('mmdet', 'no-images', "filter_cfg={'min_size': 64} leaves none of 12")
+def images_that_are_all_too_small(data):
+    data.train.filter_cfg = dict(min_size=64)
 
 
 @case('mmdet', 'image-entry', "width is '48'")
@@ -87,6 +94,24 @@ def annotation_is_a_number(data):
 @case('mmdet', 'annotation-entry', "['a', 'b', 'c', 'd', 'e', 'f']")
 def polygon_as_text(data):
     data.coco['annotations'][0]['segmentation'] = [list('abcdef')]
+
+
+def change_validation(data, function) -> None:
+    path = data.root / 'annotations/instances_val2017.json'
+    content = json.loads(path.read_text())
+    for entry in content['annotations']:
+        function(entry)
+    path.write_text(json.dumps(content))
+
+
+@case('mmdet', 'annotation-entry', 'iscrowd is None, and CocoMetric needs it')
+def validation_without_a_flag_for_crowds(data):
+    change_validation(data, lambda entry: entry.pop('iscrowd'))
+
+
+@case('mmdet', 'annotation-entry', "id is 'a1'")
+def annotation_ids_as_text_in_a_validation(data):
+    change_validation(data, lambda e: e.update(id=f'a{e["id"]}'))
 
 
 @case('mmdet', 'duplicate-image-id', 'image 1: ')

@@ -33,6 +33,21 @@ def argument_with_a_typo(data):
     data.train.speed = 3
 
 
+@case('mmdet', 'dataset-arguments', "min_size of filter_cfg is '32'")
+def least_size_as_text(data):
+    data.train.filter_cfg = dict(min_size='32')
+
+
+@case('mmdet', 'dataset-arguments', 'filter_cfg is True, no dict')
+def filter_that_is_no_dict(data):
+    data.train.filter_cfg = True
+
+
+@case('mmseg', 'dataset-arguments', 'indices has 12, there are 12 images')
+def index_beyond_the_images(data):
+    data.train.indices = [0, 11, 12]
+
+
 @case('mmdet', 'auto-scale-lr', 'base_batch_size=0')
 def batch_of_nothing(data):
     data.cfg.auto_scale_lr.base_batch_size = 0

@@ -50,9 +50,30 @@ def image_turned_by_exif(data):
     Image.new('RGB', (48, 40)).save(first_image(data), exif=exif)
     data.coco['images'][0]['height'] = 40
     number = data.coco['images'][0]['id']
-    data.coco['annotations'] = [
-        a for a in data.coco['annotations'] if a['image_id'] != number
-    ]
+    for entry in data.coco['annotations']:
+        if entry['image_id'] == number:  # inside of both
+            entry.update(bbox=[4, 4, 30, 30],
+                         segmentation=[[4, 4, 34, 4, 34, 34]])
+
+
+@case('mmdet', 'not-an-image', 'OpenCV does not read this PCX file')
+def image_of_a_format_that_opencv_lacks(data):
+    Image.new('RGB', (48, 48)).save(first_image(data), format='PCX')
+
+
+@case('mmdet', 'missing-image', '000000000001.jpg (image 1)')
+def all_images_deleted_and_none_to_take_instead(data):
+    data.train.pipeline[0].ignore_empty = True
+    for path in data.files('train2017/*.jpg'):
+        path.unlink()
+
+
+@case('mmseg', 'empty-file', 'ADE_val_00000001.jpg')
+def image_of_no_bytes_in_a_validation(data):
+    for split in ('val', 'test'):
+        dataset = data.cfg[f'{split}_dataloader'].dataset
+        dataset.pipeline[0].ignore_empty = True
+    data.files('images/validation/*.jpg')[0].write_bytes(b'')
 
 
 @case('mmdet', 'too-large', '000000000001.jpg')

@@ -38,6 +38,14 @@ def label_map_in_colours(data):
     Image.open(first_map(data)).convert('RGB').save(first_map(data))
 
 
+@case('mmseg', 'label-map-rgb', '.png: P, read by OpenCV as colours')
+def palette_that_opencv_applies(data):
+    image = Image.open(first_map(data))
+    image.putpalette([200, 10, 10, 10, 200, 10] * 3)
+    image.save(first_map(data))
+    data.train.pipeline[1].imdecode_backend = 'cv2'
+
+
 @case('mmseg', 'label-map-lossy', 'ADE_train_00000001.png')
 def label_map_as_jpeg(data):
     Image.open(first_map(data)).save(first_map(data), format='JPEG')
