@@ -125,6 +125,9 @@ class _CocoCheck:
         self.tiny = 0
         self.loads_masks = any(step.get('with_mask')
                                for step in context.steps)
+        self.ignores_rle = 'train' in context.splits and any(
+            step.get('with_mask') and not step.get('poly2mask', True)
+            for step in context.steps)
         self.histogram = Histogram('boxes')
 
     def check_entries(self, content: dict) -> None:
@@ -303,6 +306,8 @@ class _CocoCheck:
                 check_rle(mask, image['width'], image['height'])
             except RLEError as error:
                 self.context.add('rle-malformed', f'{name}: {error}')
+            if self.ignores_rle and not entry.get('iscrowd'):
+                self.context.add('mask-ignored', name)
         elif not isinstance(mask, dict):
             self.context.add('annotation-entry',
                              f'{name}: segmentation is {_short(mask)}')

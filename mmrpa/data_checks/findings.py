@@ -127,6 +127,10 @@ PROBLEMS = {
     'mask-missing': Kind(
         'an annotation without a segmentation, though the pipeline loads '
         'masks', 'add it, or train without masks'),
+    'mask-ignored': Kind(
+        'a run-length mask of an object, and LoadAnnotations has '
+        'poly2mask=False: mmdet ignores the object without a word',
+        'set poly2mask=True, or write the mask as polygons'),
     # of label maps
     'missing-label-map': Kind(
         'an image without its label map',

@@ -224,3 +224,9 @@ def crowd_with_a_negative_run(data):
 def crowd_without_runs(data):
     data.coco['annotations'][0].update(
         segmentation=dict(size=[48, 48]), iscrowd=1)
+
+
+@case('mmdet', 'mask-ignored', 'annotation 1 (image ')
+def object_by_runs_where_polygons_are_kept(data):
+    data.coco['annotations'][0]['segmentation'] = crowd()
+    data.train.pipeline[1].poly2mask = False

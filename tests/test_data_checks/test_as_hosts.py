@@ -171,6 +171,29 @@ def test_only_images_that_mmdet_keeps_are_read(arguments, tmp_path):
         kept[:5])
 
 
+def test_objects_by_runs_are_ignored_where_polygons_are_kept(tmp_path):
+    content = coco_file(tmp_path)
+    rle = dict(size=[48, 48], counts=[100, 48 * 48 - 100])
+    masks = ([[4, 4, 24, 4, 24, 24]], rle, rle)
+    for entry, mask in zip(content['annotations'], masks, strict=True):
+        entry['segmentation'] = mask
+    content['annotations'][2]['iscrowd'] = 1  # is ignored in any case
+    for poly2mask in (True, False):
+        cfg = coco_config(tmp_path, content, 'train')
+        step = dict(type='mmdet.LoadAnnotations', with_mask=True,
+                    with_bbox=True, poly2mask=poly2mask)
+        cfg.train_dataloader.dataset.pipeline[1] = step
+        arguments = dict(cfg.train_dataloader.dataset)
+        arguments.pop('type')
+        dataset = CocoDataset(**arguments)
+        ignored = [dataset[i]['gt_ignore_flags'].tolist() for i in range(3)]
+        assert ignored == [[False], [not poly2mask], [True]]
+        problems = check_data(cfg, ('train', )).findings.problems
+        assert [(group.code, group.examples) for group in problems] == (
+            [] if poly2mask else
+            [('mask-ignored', ["annotation 2 (image 2, '2.jpg')"])])
+
+
 # ---- other hosts ----
 
 

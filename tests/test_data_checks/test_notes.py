@@ -238,6 +238,11 @@ def uncompressed_crowd_beside_objects(data):
             size=[48, 48], counts=[100, 48 * 48 - 100])))
 
 
+def polygons_and_crowds_where_polygons_are_kept(data):
+    uncompressed_crowd_beside_objects(data)
+    data.train.pipeline[1].poly2mask = False
+
+
 def dataset_of_a_base_in_mmdet(data):
     data.train['_scope_'] = 'mmdet'
 
@@ -339,6 +344,7 @@ def suffix_in_capitals(data):
 @pytest.mark.parametrize('host, change', [
     ('mmdet', box_over_the_edge_by_rounding),
     ('mmdet', uncompressed_crowd_beside_objects),
+    ('mmdet', polygons_and_crowds_where_polygons_are_kept),
     ('mmdet', dataset_of_a_base_in_mmdet),
     ('mmdet', odd_masks_that_nobody_loads),
     ('mmdet', odd_annotations_to_be_ignored),
