@@ -19,8 +19,11 @@ _SPLITS = ('train', 'val', 'test')
 # theirs counts something else: rpn_head (objectness), semantic_head (stuff).
 _HEADS = ('bbox_head', 'mask_head', 'mask_iou_head', 'point_head',
           'decode_head', 'auxiliary_head', 'head')
-# Heads at such a place whose classes are others: STDC's boundaries.
-OTHER_CLASSES = ('STDCHead', )
+# Heads at such a place whose classes are others: STDC's boundaries, the
+# tokens of Grounding DINO's text.
+OTHER_CLASSES = ('STDCHead', 'GroundingDINOHead')
+# A dataset whose classes are those of its files; trackers tell one of them.
+_MORE_CLASSES = ('mmdet.datasets.mot_challenge_dataset', 'MOTChallengeDataset')
 # Datasets of mmpretrain that fetch themselves what is not there.
 _DOWNLOADERS = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')
 
@@ -264,7 +267,8 @@ class _Dataset:
         if inherits(self.cls, 'mmpretrain.datasets.custom', 'CustomDataset',
                      'load_data_list'):
             classes = self._check_folders(classes, found)
-        if classes is None:
+        if classes is None or inherits(self.cls, *_MORE_CLASSES,
+                                       'load_data_list'):
             return
         # Of a panoptic set, the heads that are compared tell the things.
         classes = self._from_metainfo('thing_classes') or classes

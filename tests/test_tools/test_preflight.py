@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from mmrpa.preflight import (
     ConfigError,
     MissingPathError,
     check_config,
+    find_problems,
     type_name,
 )
 
@@ -340,6 +342,35 @@ def test_boundaries_are_no_classes(make):
     cfg.model.auxiliary_head = [dict(type='STDCHead', num_classes=2)]
     cfg.model.decode_head.num_classes = 3
     assert all('auxiliary' not in p for p in complaint(cfg))
+
+
+@pytest.mark.parametrize('host, name', [
+    ('mmdet', 'panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco.py'),
+    ('mmdet', 'mask2former/mask2former_r50_8xb2-lsj-50e_coco-panoptic.py'),
+    ('mmdet', 'mm_grounding_dino/grounding_dino_swin-l_pretrain_all.py'),
+    ('mmdet', 'deepsort/deepsort_faster-rcnn_r50_fpn_8xb2-4e_'
+     'mot17halftrain_test-mot17halfval.py'),
+    ('mmseg', 'stdc/stdc1_4xb12-80k_cityscapes-512x1024.py'),
+])
+def test_heads_of_the_hosts_own_configs(host, name):
+    """They fit their datasets, though not all count the same classes."""
+    root = Path(find_spec(host).submodule_search_locations[0])
+    cfg = Config.fromfile(root / '.mim/configs' / name)
+    problems, _ = find_problems(cfg, ('train', 'val'), False)
+    assert {problem.code for problem in problems} <= {'missing-path'}
+
+
+def test_heads_of_a_panoptic_model():
+    """Those for boxes and masks tell the things."""
+    root = Path(find_spec('mmdet').submodule_search_locations[0])
+    cfg = Config.fromfile(root / '.mim/configs/panoptic_fpn/'
+                          'panoptic-fpn_r50_fpn_1x_coco.py')
+    cfg.model.roi_head.mask_head.num_classes = 133
+    problems, _ = find_problems(cfg, ('train', ), False)
+    problem, = (p for p in problems if p.code == 'num-classes')
+    assert 'model.roi_head.mask_head.num_classes=133' in problem.text
+    assert 'has 80 classes' in problem.text
+
 
 
 def test_types_that_are_classes(monkeypatch):
