@@ -6,6 +6,8 @@ from typing import Any, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
+from . import torch_release  # noqa: F401 (it may refuse)
+
 
 def check_int(name: str, value: Any, low: Optional[int] = None) -> None:
     """Raise unless ``value`` is an integer (not a bool) of at least ``low``.

@@ -177,9 +177,9 @@ def _prepare(name: str, args: argparse.Namespace, argv: Sequence[str],
     if name == 'train':
         for path in _iter_pretrained(cfg.get('model')):
             check_checkpoint(path)
-        options = args.cfg_options or {}
-        if (args.resume == 'auto' and cfg.get('load_from')
-                and 'load_from' not in options):
+        # By mmseg's --resume beside it one names the file to go on from.
+        named = scope == 'mmseg' and 'load_from' in (args.cfg_options or {})
+        if args.resume == 'auto' and cfg.get('load_from') and not named:
             host_argv, note = settle_resume(host_argv, args.config, cfg,
                                             args.work_dir)
             if note is not None and _local_rank() == 0:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mmrpa.coco_categories import read_categories
 
@@ -19,11 +19,11 @@ _SPLITS = ('train', 'val', 'test')
 # theirs counts something else: rpn_head (objectness), semantic_head (stuff).
 _HEADS = ('bbox_head', 'mask_head', 'mask_iou_head', 'point_head',
           'decode_head', 'auxiliary_head', 'head')
-# Heads at such a place whose classes are others: STDC's boundaries, the
-# tokens of Grounding DINO's text.
-OTHER_CLASSES = ('STDCHead', 'GroundingDINOHead')
-# A dataset whose classes are those of its files; trackers tell one of them.
-_MORE_CLASSES = ('mmdet.datasets.mot_challenge_dataset', 'MOTChallengeDataset')
+# Heads at such a place whose classes are others: STDC's boundaries, words of a
+# text.
+_OTHER_CLASSES = ('STDCHead', 'ATSSVLFusionHead', 'GroundingDINOHead')
+# Datasets with more classes than trackers learn: of MOT's 13 one or a few.
+_MORE_CLASSES = ('MOTChallengeDataset', )
 # Datasets of mmpretrain that fetch themselves what is not there.
 _DOWNLOADERS = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')
 
@@ -169,7 +169,7 @@ def _iter_heads(node: object, key: str,
     """Yield (dotted key, num_classes) of each head of a model config."""
     if isinstance(node, Mapping):
         if (in_head and isinstance(node.get('num_classes'), int)
-                and type_name(node) not in OTHER_CLASSES):
+                and type_name(node) not in _OTHER_CLASSES):
             yield f'{key}.num_classes', node['num_classes']
         for name, child in node.items():
             yield from _iter_heads(child, f'{key}.{name}', name in _HEADS)
@@ -267,11 +267,10 @@ class _Dataset:
         if inherits(self.cls, 'mmpretrain.datasets.custom', 'CustomDataset',
                      'load_data_list'):
             classes = self._check_folders(classes, found)
-        if classes is None or inherits(self.cls, *_MORE_CLASSES,
-                                       'load_data_list'):
+        # A panoptic dataset's stuff is a matter of other heads than these.
+        classes = self._metainfo('thing_classes') or classes
+        if classes is None or type_name(self.cfg) in _MORE_CLASSES:
             return
-        # Of a panoptic set, the heads that are compared tell the things.
-        classes = self._from_metainfo('thing_classes') or classes
         for head, num_classes in heads:
             if num_classes != len(classes):
                 found.problem(
@@ -345,11 +344,18 @@ class _Dataset:
             return value
         return osp.join(root, value)
 
+    def _metainfo(self, name: str) -> Sequence[str] | None:
+        """A value of the config's metainfo, else of the dataset's type."""
+        value = (self.cfg.get('metainfo') or {}).get(name)
+        if value is None:
+            value = getattr(self.cls, 'METAINFO', {}).get(name)
+        return value
+
     def _classes(self,
                  found: _Findings) -> tuple[Sequence[str] | None, str]:
         """Names of the classes, and ' (from FILE)' if they are in a file."""
         key = f'{self.key}.metainfo.classes'
-        classes = self._from_metainfo('classes')
+        classes = self._metainfo('classes')
         if self.cfg.get('classes') is not None:
             key, classes = f'{self.key}.classes', self.cfg['classes']
         if not isinstance(classes, str):
@@ -367,12 +373,6 @@ class _Dataset:
                       f'{key}={classes!r} is a string and no file of that '
                       f'name exists. For one class write ({classes!r}, )')
         return None, ''
-
-    def _from_metainfo(self, name: str) -> Any:
-        """A value of the config's metainfo, else of that of the type."""
-        value = (self.cfg.get('metainfo') or {}).get(name)
-        return getattr(self.cls, 'METAINFO', {}).get(
-            name) if value is None else value
 
     def _check_folders(self, classes: Sequence[str] | None,
                        found: _Findings) -> Sequence[str] | None:

@@ -33,7 +33,6 @@ from .weights.files import (
     explained,
     file_kind,
     read_checkpoint,
-    torch_version,
 )
 
 _STEP_NAME = re.compile(r'(epoch|iter)_(\d+)\.pth')
@@ -89,6 +88,29 @@ def read_training_checkpoint(
     check_archive(path)
     with explained(path), _data_types():
         return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def find_refusal(path: str | Path, name: str | Path) -> str | None:
+    """Why a resume will refuse a checkpoint for what it holds.
+
+    Only the pickle in it is read, no tensor.
+
+    Args:
+        path (str | Path): Where it is.
+        name (str | Path): What to call it.
+
+    Returns:
+        str | None: One sentence; None if it will be read.
+    """
+    try:
+        with explained(str(name)), _data_types():
+            try:
+                torch.load(path, 'cpu', mmap=True, weights_only=True)
+            except (OSError, RuntimeError):
+                return None  # not all file systems can map a file
+    except CheckpointError as error:
+        return str(error)
+    return None
 
 
 @contextlib.contextmanager
@@ -196,15 +218,20 @@ def newest_good_checkpoint(path: str) -> str | None:
 
     Raises:
         CheckpointError: All that there are are damaged, or their names do not
-            tell which is the newest.
+            tell which is the newest, or the disk does not answer.
     """
     from mmengine.dist import broadcast_object_list, is_main_process
     answer: list[str | None] = [None, None]
     if is_main_process():
         try:
             answer[0] = _newest_good(Path(path))
-        except CheckpointError as error:  # nobody must be left waiting
+        # Nobody must be left waiting.
+        except CheckpointError as error:
             answer[1] = str(error)
+        except OSError as error:
+            answer[1] = (
+                f'{error.filename or path} cannot be read: {error.strerror}. '
+                'Mend that, or name another checkpoint (--resume FILE)')
     broadcast_object_list(answer)
     if answer[1] is not None:
         raise CheckpointError(answer[1])
@@ -263,10 +290,10 @@ def _candidates(work_dir: Path) -> list[str]:
         return [named]
     # The folder may have been moved or copied since.
     last = next((path for path in (work_dir / Path(named).name, Path(named))
-                 if named and path.exists()), None)
+                 if named and os.path.exists(path)), None)
     folder = work_dir if last is None else last.parent
     others = [path for path in folder.glob('*.pth')
-              if _STEP_NAME.fullmatch(path.name)]
+              if _STEP_NAME.fullmatch(path.name) and os.path.exists(path)]
     if last is None:
         # Its name was lost, or it was removed.
         others.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
@@ -405,9 +432,6 @@ def _without_program(checkpoint: Any) -> Any:
 @contextlib.contextmanager
 def _data_types() -> Iterator[None]:
     """Let torch's restricted unpickler build the types listed above."""
-    if torch_version() < (2, 6):
-        yield  # torch takes no names, and the error says what it refused
-        return
     allowed = [(_statistic, 'builtins.getattr'), *_numpy_parts()]
     for module, name in _DATA_TYPES:
         with contextlib.suppress(ModuleNotFoundError):

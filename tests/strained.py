@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from stress import (
@@ -55,24 +56,54 @@ def compare(tensors, grad, dtype, impls, hw_shape, ties=False, floor=1e-3,
     """Hold impls to float64's result, and return it."""
     doubles = {name: t.double() for name, t in tensors.items()}
 
-    def exactly(tensors):
-        return run(tensors, grad.double(), 'naive', hw_shape, **options)
+    def in_float64(tensors, grad):
+        return run(tensors, grad, 'naive', hw_shape, **options)
 
-    exact = exactly(doubles)
-    scale = fits(exact, dtype)
+    exact, scale, held = exactly(
+        lambda grad: in_float64(doubles, grad), grad.double(), dtype)
     changes = {}
     for impl in impls:
         if ties:
             # Triton's kernels round to half in between.
             by = torch.finfo(dtype).eps / 2 if impl == 'triton' else ROUNDING
             changes = largest_change(
-                lambda by=by: scaled(exactly(
-                    {n: nudge(t, by) for n, t in doubles.items()}), scale),
+                lambda by=by: scaled(in_float64(
+                    {n: nudge(t, by) for n, t in doubles.items()}, held),
+                    scale),
                 scaled(exact, scale))
-        check(run(tensors, scale * grad, impl, hw_shape, **options),
-              scaled(exact, scale), dtype, 0.1 if impl == 'triton' else floor,
-              changes)
+        actual = run(tensors, (scale * held).to(dtype), impl, hw_shape,
+                     **options)
+        check(actual, scaled(exact, scale), dtype,
+              0.1 if impl == 'triton' else floor, changes)
     return exact
+
+
+def as_held(grad, scale, dtype):
+    """What is left of a float64 gradient that is scaled and rounded."""
+    return (scale * grad).to(dtype).double() / scale
+
+
+def exactly(run, grad, dtype):
+    """float64's results for the gradient that ``dtype`` can hold.
+
+    Scaled so that the largest of the results fits, the gradient itself may be
+    among float16's smallest numbers, which have few digits left.
+
+    Args:
+        run (callable): Results from a gradient of the output.
+        grad (Tensor): That, in float64.
+
+    Returns:
+        tuple: The results for what is held, the scale, and what is held, not
+        scaled, in float64.
+    """
+    exact = run(grad)
+    scale = fits(exact, dtype)
+    held = as_held(grad, scale, dtype)
+    assert held.count_nonzero() > 0.5 * held.numel()
+    if not held.equal(grad):
+        exact = run(held)
+    return exact, scale, held
 
 
 def scaled(results, scale):
@@ -100,9 +131,16 @@ def autocast(amp):
                           enabled=amp is not None)
 
 
-def run_layer(layer, x, grad, hw_shape, amp=None, projected=None):
-    """``projected`` takes the place of what the q, k, v projection gives."""
+def run_layer(layer, x, grad, hw_shape, amp=None, projected=None, hold=None):
+    """Output and gradients of a copy of the layer.
+
+    ``projected`` takes the place of what the q, k, v projection gives, and
+    ``hold`` of the gradient that comes to the operator its own result.
+    """
     layer = copy.deepcopy(layer)
+    if hold is not None:
+        layer.proj.register_full_backward_hook(
+            lambda m, grads, out: (hold(grads[0]), ))
     if projected is not None:
         layer.qkv.register_forward_hook(
             lambda m, args, out: out + (projected - out).detach())
@@ -120,13 +158,19 @@ def compare_layer(layer, x, grad, dtype, modes, impls, hw_shape, ties=False):
 
     With ``ties``, rounding K decides which representative wins. There float64
     gets Q, K and V as the layer has rounded them, so that nothing is left to
-    excuse but what float32 does not know of the logits.
+    excuse but what float32 does not know of the logits. It gets the gradient
+    of the operator's output so as well: scaled for Q's and K's, of 1e4 and
+    more, it is among float16's smallest numbers.
     """
     layer.to(dtype).double()
     x, grad = x.to(dtype).double(), grad.to(dtype).double()
     layer.impl = 'naive'
-    exact = run_layer(layer, x, grad, hw_shape)
-    scale = fits(exact, dtype)
+
+    def in_float64(grad, projected=None, hold=None):
+        return run_layer(layer, x, grad, hw_shape, projected=projected,
+                         hold=hold)
+
+    exact, scale, held = exactly(in_float64, grad, dtype)
     changes = {}
     for mode in modes:
         work = dtype if mode == 'pure' else torch.float32
@@ -135,15 +179,16 @@ def compare_layer(layer, x, grad, dtype, modes, impls, hw_shape, ties=False):
         if ties:
             with torch.no_grad(), products(hw_shape), autocast(amp):
                 qkv = tried.qkv(x.to(work)).double()
-            exact = run_layer(layer, x, grad, hw_shape, projected=qkv)
-            scale = fits(exact, dtype)
+            exact, scale, held = exactly(
+                lambda grad, qkv=qkv: in_float64(grad, qkv), grad, dtype)
+            hold = partial(as_held, scale=scale, dtype=dtype)
+            exact = in_float64(held, qkv, hold)
             changes = largest_change(
-                lambda qkv=qkv, scale=scale: scaled(
-                    run_layer(layer, x, grad, hw_shape,
-                              projected=nudge(qkv, ROUNDING)), scale),
+                lambda qkv=qkv, scale=scale, held=held, hold=hold: scaled(
+                    in_float64(held, nudge(qkv, ROUNDING), hold), scale),
                 scaled(exact, scale))
         for impl in impls:
             tried.impl = impl
-            actual = run_layer(tried, x.to(work), (scale * grad).to(work),
+            actual = run_layer(tried, x.to(work), (scale * held).to(work),
                                hw_shape, amp)
             check(actual, scaled(exact, scale), dtype, changes=changes)

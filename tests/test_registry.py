@@ -1,5 +1,6 @@
 """mmrpa, installed as a wheel, is found by every host from anywhere."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -7,6 +8,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+import mmrpa
+from mmrpa import torch_release
 
 ROOT = Path(__file__).parents[1]
 
@@ -78,7 +82,8 @@ def test_the_wheel_requires_torch_only(wheel):
         for line in metadata.read_text().splitlines()
         if line.startswith('Requires-Dist') and 'extra ==' not in line
     ]
-    assert [r.split('>')[0].strip() for r in requires] == ['torch']
+    oldest = '.'.join(map(str, mmrpa.OLDEST_TORCH))
+    assert requires == [f'torch>={oldest}']
     folders = {p.name for p in wheel.iterdir()}
     assert {f for f in folders if 'dist-info' not in f} == {'mmrpa'}
 
@@ -90,3 +95,77 @@ def test_importing_mmrpa_registers_and_prints_nothing():
         capture_output=True, text=True, check=True)  # yapf: disable
     assert result.stdout.split() == ['False', 'False']
     assert result.stderr == ''
+
+
+# An older torch, as far as one can be made of this one: without what later
+# releases brought.
+OLD_TORCH = """
+import importlib, sys
+from pathlib import Path
+import torch
+del torch.library.custom_op, torch.serialization.safe_globals
+torch.__version__ = {version!r}
+for path in sorted(Path({root!r}, 'mmrpa').rglob('*.py')):
+    if path.name == '__main__.py':
+        continue
+    parts = path.relative_to({root!r}).with_suffix('').parts
+    name = '.'.join(part for part in parts if part != '__init__')
+    for loaded in [key for key in sys.modules if key.startswith('mmrpa')]:
+        del sys.modules[loaded]
+    try:
+        importlib.import_module(name)
+        print(name, 'imported', sep='\t')
+    except ImportError as error:
+        print(name, error, sep='\t')
+"""
+# What needs no torch of its own, and explains or checks.
+WITHOUT_TORCH = {
+    'cfg_options', 'coco_categories', 'cpu_amp', 'data_checks', 'doctor',
+    'elastic', 'interfaces', 'launch', 'preflight', 'registry', 'whole_files'}
+
+
+def test_all_that_uses_an_older_torch_says_so():
+    result = subprocess.run(
+        [sys.executable, '-c',
+         OLD_TORCH.format(root=str(ROOT), version='2.5.1+cu124')],
+        cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    said = dict(line.split('\t') for line in result.stdout.splitlines())
+    assert len(said) == sum(
+        path.name != '__main__.py' for path in (ROOT / 'mmrpa').rglob('*.py'))
+    assert said.pop('mmrpa') == 'imported'
+    refused = said.pop('mmrpa.torch_release')
+    assert refused.startswith(
+        'mmrpa needs torch 2.6 or later, this is 2.5.1+cu124: pip install '
+        "--upgrade 'torch>=2.6'")
+    for name, what in said.items():
+        expected = ('imported' if name.split('.')[1] in WITHOUT_TORCH
+                    else refused)
+        assert what == expected, name
+
+
+def test_hosts_pass_the_refusal_of_an_older_torch_on():
+    """mmengine swallows some errors of what it looks for."""
+    result = subprocess.run(
+        [sys.executable, '-c', "import torch\ntorch.__version__ = '2.5.1'\n"
+         'from mmengine.registry import MODELS\n'
+         "MODELS.build(dict(type='mmrpa.RPSwin', arch='tiny'))"],
+        cwd=ROOT, capture_output=True, text=True)
+    assert result.stderr.splitlines()[-1].startswith(
+        'ImportError: mmrpa needs torch 2.6 or later, this is 2.5.1')
+
+
+@pytest.mark.parametrize('version, release', [
+    ('2.6.0', (2, 6)), ('2.11.0+cu130', (2, 11)), ('2.7.0a0+git1341794',
+                                                   (2, 7)),
+    ('2.10.1', (2, 10)), ('3.0', (3, 0)), ('3fa9151', (2, 6)),
+])
+def test_releases_that_are_new_enough(version, release):
+    assert torch_release.release(version) == release
+    torch_release.check_release(version)
+
+
+@pytest.mark.parametrize('version', ['2.5.1', '2.5.1+cpu', '1.13.1', '2.0'])
+def test_releases_that_are_too_old(version):
+    with pytest.raises(ImportError, match=rf'this is {re.escape(version)}:'):
+        torch_release.check_release(version)

@@ -12,6 +12,7 @@ from mmrpa.data_checks import Report, check_data
 from mmrpa.data_checks.context import Options
 from mmrpa.launch import load_config
 from mmrpa.preflight import ConfigError
+from mmrpa.whole_files import whole_file
 
 _SPLITS = ('train', 'val', 'test')
 # A config is Python: what usually goes wrong in it.
@@ -74,12 +75,8 @@ def _parser() -> argparse.ArgumentParser:
 def _write_json(path: Path, report: Report, config: str) -> None:
     """Write the report whole or not at all."""
     text = json.dumps(dict(config=config, **report.record()), indent=2)
-    partial = path.with_name(f'.{path.name}.{os.getpid()}.partial')
-    try:
+    with whole_file(path) as partial:
         partial.write_text(text + '\n', encoding='utf-8')
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _format_histograms(report: Report) -> list[str]:

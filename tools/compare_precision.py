@@ -18,6 +18,8 @@ from typing import Dict, List, Optional, Sequence
 from make_sample_data import make_sample_data
 from quickstart import PARTS, ROOT, Failed, read_metrics, run_step
 
+from mmrpa.whole_files import whole_file
+
 PRECISIONS = ('float32', 'bfloat16', 'float16')
 CLASSIFIER, DETECTOR = PARTS[:2]
 
@@ -74,9 +76,8 @@ def train_detector(precision: str, classifier: Path, work_dir: Path) -> None:
     result = dict(
         metrics=read_metrics(DETECTOR, work_dir / 'test'),
         losses=read_losses(work_dir), train_s=seconds)
-    part = work_dir / 'result.json.part'
-    part.write_text(json.dumps(result))
-    os.replace(part, work_dir / 'result.json')
+    with whole_file(work_dir / 'result.json') as part:
+        part.write_text(json.dumps(result))
 
 
 def read_losses(work_dir: Path) -> List[float]:

@@ -26,13 +26,9 @@ LEFT_OUT = {
     'test_ops': 'torch alone, no host',
     'test_layers': 'torch alone, no host',
     'test_geometry.py': 'torch alone, no host',
-    'test_distributed': 'torch alone, no host',
-    'test_docs.py': 'files of the project, no host',
     'test_guides.py': 'files of the project, no host',
     'test_tools/test_setup_env.py': 'installs the tested set, no host',
-    'test_tools/test_make_sample_data.py': 'numpy and OpenCV, no host',
     'test_tools/test_sample_scenes.py': 'numpy and OpenCV, no host',
-    'test_tools/test_benchmarks.py': 'torch alone, no host',
 }
 # Single tests, by their name after tests/. Both train the quickstart's
 # segmentor; see docs/originals.md.

@@ -11,12 +11,10 @@ writes the table between the marks of a page; with --only-doc nothing is run.
 
 import argparse
 import json
-import os
 import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
@@ -33,6 +31,7 @@ from mmrpa.transfer.runs import (
     merge_weights,
 )
 from mmrpa.weights import read_checkpoint, write_checkpoint
+from mmrpa.whole_files import whole_file
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = 'configs/mmpretrain/quickstart/rp-pvt-nano_1xb32_sample.py'
@@ -226,12 +225,8 @@ def parse_options(options: Sequence[str]) -> Dict[str, Any]:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a file wholly or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix='.json.')
-    with os.fdopen(handle, 'w') as file:
-        json.dump(content, file, indent=1)
-        file.write('\n')
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + '\n')
 
 
 def format_table(report: Dict[str, Any]) -> str:
@@ -283,11 +278,8 @@ def write_doc(page: Path, report: Dict[str, Any]) -> None:
     before, rest = text.split(start)
     text = (f'{before}{start}\n{format_table(report)}\n{end}'
             f'{rest.split(end)[1]}')
-    handle, temporary = tempfile.mkstemp(dir=page.parent, prefix='.doc.')
-    with os.fdopen(handle, 'w') as file:
-        file.write(text)
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, page)
+    with whole_file(page) as temporary:
+        temporary.write_text(text)
 
 
 def measure(args: argparse.Namespace) -> Dict[str, Any]:

@@ -62,8 +62,7 @@ changed; peers that came later are not in them."""
 AUTO_RULE = """By device, dtype and sizes, and by nothing else: `'triton'` on
 CUDA where its kernels take the case (float32, bfloat16 or float16, 16 to 128
 channels a head, at most 256 representatives, the routing's softmax over the
-representatives), `'fused'` otherwise. With torch before 2.4, which lacks the
-custom operators that both need, `'naive'`. What the implementations are:
+representatives), `'fused'` otherwise. What the implementations are:
 [method.md](method.md#the-operator).
 
 On the CPU in float32 and float64 `'fused'` computes the projections of

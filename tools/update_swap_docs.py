@@ -2,13 +2,14 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from swap_survey.summary import FAMILIES
+
+from mmrpa.whole_files import whole_file
 
 DOCS = Path(__file__).resolve().parents[1] / 'docs'
 BEGIN = '<!-- made by tools/update_swap_docs.py: do not edit -->'
@@ -144,9 +145,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     tables = render(json.loads(args.survey.read_text()))
-    draft = args.page.with_name(f'.{args.page.name}.part')
-    draft.write_text(f'{before}{BEGIN}\n\n{tables}\n\n{END}{after}')
-    os.replace(draft, args.page)
+    with whole_file(args.page) as draft:
+        draft.write_text(f'{before}{BEGIN}\n\n{tables}\n\n{END}{after}')
     print(f'wrote {args.page}')
     return 0
 

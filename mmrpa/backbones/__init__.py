@@ -1,5 +1,6 @@
 """The RPAttention backbones, registered in :mod:`mmrpa.registry`."""
 
+from .. import torch_release  # noqa: F401 (first: it may refuse)
 from .base import RPBackbone
 from .rp_cswin import RPCSWin
 from .rp_deit import RPDeiT

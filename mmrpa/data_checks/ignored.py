@@ -3,9 +3,11 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from ..preflight import OTHER_CLASSES, type_name
+from ..preflight import type_name
 
 _HEADS = ('decode_head', 'auxiliary_head')
+# A head that makes labels of its own from those of the maps: boundaries.
+_MAKES_LABELS = ('STDCHead', )
 # Losses that go by an argument of their own and not by that of the head.
 _OWN_SETTINGS = {'TverskyLoss': 'ignore_index',
                  'OhemCrossEntropy': 'ignore_label'}
@@ -62,8 +64,8 @@ def _of_heads(node: Any, key: str) -> Iterator[Consumer]:
 
 
 def _of_head(head: Mapping, key: str) -> Iterator[Consumer]:
-    if type_name(head) in OTHER_CLASSES:
-        return  # its labels are made from those of the maps
+    if type_name(head) in _MAKES_LABELS:
+        return
     if isinstance(head.get('kernel_generate_head'), Mapping):
         # K-Net's takes all that concerns labels from there.
         yield from _of_head(head['kernel_generate_head'],

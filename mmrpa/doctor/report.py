@@ -7,9 +7,10 @@ import json
 import textwrap
 from typing import Any, Sequence
 
+from .commands import FORKS
 from .facts import OPENCV, gather_facts
 from .findings import NOTE, Finding
-from .rules import FORKS, find_problems
+from .rules import find_problems
 
 _SHOWN = ('torch', 'torchvision', 'numpy', 'setuptools', 'ninja',
           'pycocotools', 'mmrpa')

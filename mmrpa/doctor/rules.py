@@ -5,20 +5,20 @@ from __future__ import annotations
 import re
 from typing import Any, Callable, Dict, Iterator, Tuple
 
+from .. import OLDEST_TORCH
+from .commands import (
+    FORKS,
+    INSTALL,
+    build_in_words,
+    build_mmcv,
+    headless_opencv,
+)
 from .facts import NAMES, OPENCV, WATCHED
 from .findings import NOTE, PROBLEM, PYTHONS, SETUPTOOLS, Finding, pin
-from .rules_gpu import GPU_RULES, INSTALL, build_in_words
+from .rules_gpu import GPU_RULES
 from .rules_requirements import find_refusals
 
 Facts = Dict[str, Any]
-# The fork of each package, whose files are those of the original.
-FORKS = {package: names[-1] for package, names in NAMES.items()}
-# Debug information would double the time and the memory of the compilation.
-BUILD_MMCV = ('pip uninstall -y mmcv mmcv-lite mmcv-full onedl-mmcv && pip '
-              "install 'setuptools>=77,<82' wheel ninja && MMCV_WITH_OPS=1 "
-              "CFLAGS='-g0 -O2' "
-              'pip install --no-deps --no-build-isolation --no-cache-dir '
-              f"--no-binary=onedl-mmcv {pin('onedl-mmcv')}")
 HOSTS = ('mmdet', 'mmseg', 'mmpretrain')
 _OLD_NUMPY = ('compiled using NumPy 1.x', '_ARRAY_API not found',
               'Numpy is not available', 'numpy.core.multiarray failed',
@@ -27,11 +27,11 @@ _OLD_NUMPY = ('compiled using NumPy 1.x', '_ARRAY_API not found',
 
 # What imports under another name than it is installed by.
 _DISTRIBUTIONS = dict(PIL='pillow', yaml='pyyaml', skimage='scikit-image',
-                      sklearn='scikit-learn', attr='attrs')
-# Where torch.load(weights_only=True) does not keep code out: releases before
-# the one given. Of 2025-04 (GHSA-53q9-r3pm-6pq6) and 2026-01
-# (GHSA-63cw-57p8-fm3p).
-HOLES = (((2, 6), 'CVE-2025-32434'), ((2, 10), 'CVE-2026-24747'))
+                      sklearn='scikit-learn', attr='attrs',
+                      pkg_resources="'setuptools<82'")
+# The first release whose torch.load(weights_only=True) keeps code out, as far
+# as is known: CVE-2026-24747 (GHSA-63cw-57p8-fm3p) of 2026-01.
+SAFE_TORCH = (2, 10)
 
 
 def find_problems(facts: Facts) -> list[Finding]:
@@ -75,6 +75,11 @@ def _uses_hosts(facts: Facts) -> bool:
     return any(_is_there(facts, name) for name in ('mmengine', *HOSTS))
 
 
+def _needs_ops(facts: Facts) -> bool:
+    """mmpretrain imports none of mmcv's ops, and trains with mmcv-lite."""
+    return any(_is_there(facts, name) for name in ('mmdet', 'mmseg'))
+
+
 def _python(facts: Facts) -> Iterator[Finding]:
     version = tuple(facts['python'][:2])
     if not PYTHONS[0] <= version <= PYTHONS[1]:
@@ -94,8 +99,25 @@ def _torch(facts: Facts) -> Iterator[Finding]:
     if result['missing'] == 'torch':
         yield Finding('torch-missing', 'torch is not installed', install)
     else:
+        lacking = _install_missing(facts, result)
         yield Finding('torch-broken', 'torch cannot be imported: ' +
-                      result['error'] + build_in_words(facts), INSTALL)
+                      result['error'] +
+                      ('' if lacking else build_in_words(facts)),
+                      lacking or INSTALL)
+
+
+def _old_torch(facts: Facts) -> Iterator[Finding]:
+    torch = facts['probes']['torch'].get('found')
+    if torch and (0, 0) < _release(torch['version']) < OLDEST_TORCH:
+        yield Finding(
+            'torch-too-old', f"torch is {torch['version']}, mmrpa needs "
+            f"{'.'.join(map(str, OLDEST_TORCH))} or later and refuses to be "
+            'imported' + build_in_words(facts), INSTALL + _rebuild(facts))
+
+
+def _rebuild(facts: Facts) -> str:
+    """Another torch needs other ops."""
+    return f' && {build_mmcv(facts)}' if facts['has_ops'] else ''
 
 
 def _torchvision(facts: Facts) -> Iterator[Finding]:
@@ -123,14 +145,14 @@ def _torchvision(facts: Facts) -> Iterator[Finding]:
             f'built for torch {wanted}, but torch is {has}{said}' +
             build_in_words(facts), command)
     elif 'error' in result and not _is_numpy(result):
-        lacking = _install_missing(result)
+        lacking = _install_missing(facts, result)
         yield Finding('torchvision-broken', 'torchvision does not work: ' +
                       result['error'] +
                       ('' if lacking else build_in_words(facts)),
                       lacking or command)
 
 
-def _install_missing(result: dict[str, Any], package: str = ''
+def _install_missing(facts: Facts, result: dict[str, Any], package: str = ''
                      ) -> str | None:
     """The command for an import that fails for want of another package."""
     # Of a submodule that is missing the package is there, but not whole.
@@ -138,7 +160,7 @@ def _install_missing(result: dict[str, Any], package: str = ''
     if not name or '.' in name or name in (package, 'torch', 'torchvision'):
         return None
     if name in FORKS:
-        return (BUILD_MMCV if name == 'mmcv' else
+        return (build_mmcv(facts) if name == 'mmcv' else
                 f'pip install {pin(FORKS[name])}')
     if name in WATCHED:
         return None
@@ -171,7 +193,7 @@ def _several_owners(facts: Facts) -> Iterator[Finding]:
         text = (f'{" and ".join(sorted(names))} are installed over each '
                 f'other: all own the folder {package}, which is now a mixture')
         if package == 'mmcv':
-            yield Finding('overwritten-mmcv', text, BUILD_MMCV)
+            yield Finding('overwritten-mmcv', text, build_mmcv(facts))
         else:
             yield Finding(
                 f'overwritten-{package}', text,
@@ -200,7 +222,7 @@ def _mmcv(facts: Facts) -> Iterator[Finding]:
     if not _is_there(facts, 'mmcv'):
         if _uses_hosts(facts):
             yield Finding('mmcv-missing', 'mmcv is not installed; the hosts '
-                          'need it', BUILD_MMCV)
+                          'need it', build_mmcv(facts))
         return
     if len(owners) > 1 or 'found' in ops or 'error' in facts['probes'][
             'torch']:
@@ -209,24 +231,26 @@ def _mmcv(facts: Facts) -> Iterator[Finding]:
         why = ('mmcv-lite never has any' if owners == ['mmcv-lite'] else
                'it was installed from source without compiling them')
         yield Finding('mmcv-no-ops', 'mmcv has no compiled ops, without which '
-                      f'mmdet does not train ({why})', BUILD_MMCV)
+                      f'mmdet and mmseg do not import ({why})',
+                      build_mmcv(facts),
+                      PROBLEM if _needs_ops(facts) else NOTE)
     # Where all symbols are there, the numbers behind names have moved: tensors
     # of the CPU, which all ops are compiled for, count as those of a GPU.
     elif re.search('undefined symbol|DLL load failed|Symbol not found|'
                    'implementation for device', ops['error']):
         yield Finding('mmcv-other-torch', "mmcv's ops were compiled for "
                       f'another torch than this one: {ops["error"]}',
-                      BUILD_MMCV)
+                      build_mmcv(facts))
     elif not (_is_numpy(ops) or any('error' in facts['probes'][name]
                                     for name in ('numpy', 'cv2', 'mmengine'))):
         yield Finding('mmcv-broken', f"mmcv's ops do not work: {ops['error']}",
-                      _install_missing(ops) or BUILD_MMCV)
+                      _install_missing(facts, ops) or build_mmcv(facts))
 
 
 def _opencv(facts: Facts) -> Iterator[Finding]:
     # conda's package has the metadata of all builds, and one folder.
     owners = sorted(facts['owners']['cv2'])
-    headless = pin('opencv-python-headless')
+    headless = headless_opencv(facts)
     if len(owners) > 1:
         yield Finding(
             'opencv-twice', f'{" and ".join(owners)} are installed over each '
@@ -255,12 +279,15 @@ def _is_numpy(result: dict[str, Any]) -> bool:
 
 def _numpy(facts: Facts) -> Iterator[Finding]:
     result = facts['probes']['numpy']
-    command = f"pip install {pin('numpy')}"
     if not (_is_there(facts, 'numpy') or _uses_hosts(facts)):
         return
     if 'error' in result:
+        # The same again, if there is one: others were compiled for it.
+        has = re.match(r'\d[\w.]*', facts['distributions'].get('numpy', ''))
+        wanted = f'numpy=={has.group()}' if has else pin('numpy')
         yield Finding('numpy-broken', f'numpy cannot be imported: '
-                      f'{result["error"]}', command + ' --force-reinstall')
+                      f'{result["error"]}',
+                      f'pip install --force-reinstall {wanted}')
         return
     version = result['found']['version']
     broken = [name for name, probe in facts['probes'].items()
@@ -270,7 +297,7 @@ def _numpy(facts: Facts) -> Iterator[Finding]:
     if version.startswith('1.'):
         yield Finding('numpy-too-old', f'numpy is {version}, but '
                       f'{", ".join(broken)} were compiled against a later one',
-                      command)
+                      f"pip install {pin('numpy')}")
     else:
         yield Finding('numpy-too-new', f'numpy is {version}, but '
                       f'{", ".join(broken)} were compiled against numpy 1.x '
@@ -301,18 +328,20 @@ def _setuptools(facts: Facts) -> Iterator[Finding]:
     version = facts['distributions'].get('setuptools')
     low, high = SETUPTOOLS
     command = f"pip install 'setuptools>={low},<{high}'"
+    original = any(name in facts['distributions']
+                   for name in NAMES['mmengine'][:-1])
     if version is None:
         # The original mmengine asks pkg_resources for versions.
-        if 'mmengine' in facts['distributions']:
+        if original:
             yield Finding('setuptools-missing', 'setuptools is not installed, '
                           'and the original mmengine needs its pkg_resources',
                           command)
         return
     major = int(re.match(r'\d*', version).group() or 0)
     # Nothing wrong as long as nothing is built and nothing imports it.
-    build = _uses_hosts(facts) and 'error' in facts['probes']['mmcv.ops']
+    build = _uses_hosts(facts) and 'error' in facts['probes']['mmcv.ops'] and (
+        _needs_ops(facts) or not _is_there(facts, 'mmcv'))
     if major >= high:
-        original = 'mmengine' in facts['distributions']
         yield Finding('setuptools-too-new', f'setuptools {version} has no '
                       'pkg_resources any more, which the original mmengine '
                       'and the build of mmcv import', command,
@@ -357,7 +386,7 @@ def _coco(facts: Facts) -> Iterator[Finding]:
             and not _is_numpy(result)):
         yield Finding('pycocotools', 'mmdet reads and evaluates COCO by '
                       f'pycocotools, which does not import: {result["error"]}',
-                      _install_missing(result, 'pycocotools') or
+                      _install_missing(facts, result, 'pycocotools') or
                       f"pip install --force-reinstall --no-deps "
                       f"{pin('pycocotools')}")
 
@@ -374,21 +403,21 @@ def _other_imports(facts: Facts, found: list[Finding]) -> Iterator[Finding]:
             f'broken-{package}', f'{package} cannot be imported: '
             f'{result["error"]}' + ('' if owners else '. No installed package '
                                     'owns it; the command shows where it is'),
-            _reinstall(package, owners, result))
+            _reinstall(facts, package, result))
         if package == 'mmengine':
             return  # all import it
 
 
-def _reinstall(package: str, owners: list[str], result: dict[str, Any]
-               ) -> str:
-    lacking, fork = _install_missing(result, package), FORKS[package]
+def _reinstall(facts: Facts, package: str, result: dict[str, Any]) -> str:
+    lacking = _install_missing(facts, result, package)
+    owners, fork = facts['owners'][package], FORKS[package]
     if lacking:
         return lacking
     if not owners:  # on PYTHONPATH, or in the working folder
         return (f"python -c \"import importlib.util as u; print(u.find_spec("
                 f"'{package}').origin)\"")
     if package == 'mmcv':  # its ops have to be compiled
-        return BUILD_MMCV
+        return build_mmcv(facts)
     # The original may be too old for what is around it; the fork must not
     # come over it.
     if owners == [fork]:
@@ -399,18 +428,16 @@ def _reinstall(package: str, owners: list[str], result: dict[str, Any]
 
 def _unsafe_torch(facts: Facts) -> Iterator[Finding]:
     torch = facts['probes']['torch'].get('found')
-    release = _release(torch['version']) if torch else (0, 0)
-    holes = [name for fixed, name in HOLES if release < fixed]
-    if not holes or release == (0, 0):
+    # With an older one mmrpa reads nothing.
+    if not torch or not (OLDEST_TORCH <= _release(torch['version'])
+                         < SAFE_TORCH):
         return
-    # Another torch needs other ops.
-    rebuild = f' && {BUILD_MMCV}' if facts['has_ops'] else ''
     yield Finding(
         'torch-unsafe-load', f"torch {torch['version']}: a checkpoint made "
-        f'for it can run code although weights_only is set '
-        f'({", ".join(holes)}). Until torch is {HOLES[-1][0][0]}.'
-        f'{HOLES[-1][0][1]} or later, load only .safetensors, or .pth files '
-        'that you trust' + build_in_words(facts), INSTALL + rebuild)
+        'for it can run code although weights_only is set (CVE-2026-24747). '
+        f'Until torch is {".".join(map(str, SAFE_TORCH))} or later, load only '
+        '.safetensors, or .pth files that you trust' + build_in_words(facts),
+        INSTALL + _rebuild(facts))
 
 
 def _safetensors(facts: Facts) -> Iterator[Finding]:
@@ -422,6 +449,6 @@ def _safetensors(facts: Facts) -> Iterator[Finding]:
 
 RULES: Tuple[Callable[[Facts], Iterator[Finding]], ...] = (
     # numpy that crashes takes torch along, and so OpenCV does with mmcv.
-    _python, _numpy, _torch, find_refusals, _torchvision, *GPU_RULES,
-    _several_owners, _opencv, _mmengine, _mmcv, _setuptools, _weights_only,
-    _coco, _hosts, _mmseg_base, _safetensors)
+    _python, _numpy, _torch, _old_torch, find_refusals, _torchvision,
+    *GPU_RULES, _several_owners, _opencv, _mmengine, _mmcv, _setuptools,
+    _weights_only, _coco, _hosts, _mmseg_base, _safetensors)

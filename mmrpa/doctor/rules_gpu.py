@@ -5,30 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any, Iterator
 
-from .findings import TESTED, Finding, pin
-
-# Both again, then what they lack: reinstalling their dependencies, too, would
-# bring the newest numpy, which others refuse.
-_BOTH = f"{pin('torch')} {pin('torchvision')}"
-INSTALL = (f'pip install --force-reinstall --no-deps {_BOTH} && '
-           f'pip install {_BOTH}')
-BUILD_MMCV_CUDA = (
-    "pip install 'setuptools>=77,<82' wheel ninja && MMCV_WITH_OPS=1 "
-    "CFLAGS='-g0 -O2' FORCE_CUDA=1 pip install --force-reinstall --no-deps "
-    '--no-build-isolation --no-cache-dir --no-binary=onedl-mmcv '
-    f"{pin('onedl-mmcv')}")
-
-
-def build_in_words(facts: dict[str, Any]) -> str:
-    """What a command cannot say: which index has builds like this torch.
-
-    Only what pip knows tells them apart: the default build, too, says +cu130
-    of itself.
-    """
-    local = facts['distributions'].get('torch', '').partition('+')[2]
-    return local and (
-        f'. This torch is the build {local}, which the default index does not '
-        'have: add the --index-url that it was installed with')
+from .commands import INSTALL, build_mmcv
+from .findings import TESTED, Finding
 
 
 def _device(facts: dict[str, Any]) -> Iterator[Finding]:
@@ -51,7 +29,8 @@ def _device(facts: dict[str, Any]) -> Iterator[Finding]:
 def _architecture(facts: dict[str, Any]) -> Iterator[Finding]:
     torch = facts['probes']['torch'].get('found')
     device = facts['probes']['torch.cuda']
-    if torch is None or not torch['available']:
+    # Builds for AMD's GPUs are available, too, and have no CUDA.
+    if torch is None or not (torch['available'] and torch['cuda']):
         return
     if 'error' in device:
         yield Finding('cuda-unusable', f"torch {torch['version']} cannot use "
@@ -116,11 +95,11 @@ def runs_on(archs: list[str], capability: list[int]) -> bool:
 def _mmcv_for_cpu(facts: dict[str, Any]) -> Iterator[Finding]:
     torch = facts['probes']['torch'].get('found')
     ops = facts['probes']['mmcv.ops'].get('found')
-    if torch and ops and torch['available'] and not re.match(
-            r'\d', str(ops['cuda'])):
+    if (torch and ops and torch['available'] and torch['cuda']
+            and not re.match(r'\d', str(ops['cuda']))):
         yield Finding('mmcv-cpu-ops', "torch uses this machine's GPU, but "
                       "mmcv's ops were compiled for the CPU only",
-                      BUILD_MMCV_CUDA)
+                      build_mmcv(facts, cuda=True))
 
 
 GPU_RULES = (_device, _architecture, _mmcv_for_cpu)

@@ -3,6 +3,7 @@
 Needs mmengine and, for ONNX, the packages onnx, onnxscript and onnxruntime.
 """
 
+from .. import torch_release  # noqa: F401 (first: it may refuse)
 from .check import CHECK_SIZES, CheckError, check_program
 from .formats import FORMATS, ExportError, export_model
 from .model import OUTPUTS, PARTS, ExportModel

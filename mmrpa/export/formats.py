@@ -4,8 +4,6 @@ import contextlib
 import io
 import json
 import logging
-import os
-import tempfile
 import warnings
 from pathlib import Path
 from typing import (
@@ -18,6 +16,7 @@ from typing import (
     Sequence,
     Tuple,
     Type,
+    Union,
 )
 
 import torch
@@ -25,7 +24,8 @@ import torch.fx.experimental._config as fx_config
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from .. import __version__
+from .. import __version__, torch_release
+from ..whole_files import whole_file
 from .check import (
     CHECK_SIZES,
     Checked,
@@ -43,6 +43,8 @@ META_FILE = 'mmrpa.json'
 # square, so that the tracer takes no two axes for one.
 _TRACED = (2, 72, 104)
 _AXES = ({0: 'batch', 2: 'height', 3: 'width'}, )
+# Before, no graph held for sides and batches of 1: no backed_size_oblivious.
+_OLDEST_TORCH = (2, 7)
 _ONNX_PACKAGES = ('onnx', 'onnxscript', 'onnxruntime')
 
 
@@ -50,14 +52,15 @@ class ExportError(RuntimeError):
     """A model that cannot be exported, or a package that is missing."""
 
 
-def export_model(model: ExportModel, path: Path, *, file_format: str = 'onnx',
-                 opset: int = 18, sizes: Sequence[Size] = CHECK_SIZES,
+def export_model(model: ExportModel, path: Union[str, Path], *,
+                 file_format: str = 'onnx', opset: int = 18,
+                 sizes: Sequence[Size] = CHECK_SIZES,
                  about: Optional[Dict[str, Any]] = None) -> List[Checked]:
     """Export a model and check the file; nothing is left if that fails.
 
     Args:
         model (ExportModel): The model.
-        path (Path): The file to write; its folder must exist.
+        path (str | Path): The file to write; its folder must exist.
         file_format (str): ``'onnx'`` or ``'torch-export'``.
         opset (int): Of ONNX, 18 to 23.
         sizes (sequence): (batch, height, width) to check.
@@ -68,21 +71,21 @@ def export_model(model: ExportModel, path: Path, *, file_format: str = 'onnx',
 
     Raises:
         CheckError: The file computes something else.
-        ExportError: torch cannot export the model, or packages are missing.
+        ExportError: torch cannot export the model, or is too old, or packages
+            are missing.
         OSError: The file cannot be written.
         ValueError: An argument does not fit.
     """
+    path = Path(path)
     check_arguments(path, file_format, opset, sizes, model.smallest_side)
     meta = dict(mmrpa_version=__version__, torch_version=torch.__version__,
                 **(about or {}), **model.describe())
     write, load = ((_write_onnx, _load_onnx) if file_format == 'onnx' else
                    (_write_program, _load_program))
-    with _temporary(path) as temporary:
-        with _quiet():
-            program = _capture(model)
-            write(program, model, temporary, meta, opset)
-            checked = check_program(load(temporary), model, sizes)
-        os.replace(temporary, path)
+    with whole_file(path, path.suffix) as temporary, _quiet():
+        program = _capture(model)
+        write(program, model, temporary, meta, opset)
+        checked = check_program(load(temporary), model, sizes)
     return checked
 
 
@@ -91,9 +94,15 @@ def check_arguments(path: Path, file_format: str, opset: int,
     """Find what is wrong before any work is done.
 
     Raises:
-        ExportError: A package is missing.
+        ExportError: A package is missing, or torch is too old.
         ValueError: An argument does not fit.
     """
+    if torch_release.release(torch.__version__) < _OLDEST_TORCH:
+        oldest = '.'.join(map(str, _OLDEST_TORCH))
+        raise ExportError(
+            f'the export needs torch {oldest} or later, this is '
+            f"{torch.__version__}: pip install --upgrade 'torch>={oldest}', "
+            'then a torchvision and an mmcv built for it')
     if file_format not in FORMATS:
         raise ValueError(f'format must be one of {FORMATS}, got '
                          f'{file_format!r}')
@@ -253,22 +262,6 @@ def _load_program(path: Path) -> Callable[[Tensor], Sequence[Tensor]]:
             raise _cannot_run('torch', image, error) from error
 
     return run
-
-
-@contextlib.contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` that is gone afterwards, unless moved."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.stem}.',
-                                    suffix=path.suffix)
-    os.close(handle)
-    try:
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)  # mkstemp's is for us alone
-        yield Path(name)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(name)
 
 
 @contextlib.contextmanager

@@ -37,8 +37,8 @@ class ExportModel(nn.Module):
 
     Raises:
         CheckpointError: The checkpoint is damaged, unsafe, or does not fit.
-        ConfigError: The config does not parse or build, has no RP backbone, or
-            no such part.
+        ConfigError: The config does not parse or build, has no RP backbone, no
+            such part, or a model that holds another one.
         FileNotFoundError: There is no such config or checkpoint.
         ValueError: An unknown part or output, or one that a host lacks.
     """
@@ -121,7 +121,7 @@ class ExportModel(nn.Module):
 
         One channel stands for two classes, as in mmseg's postprocessing.
         """
-        if self.scope != 'mmseg' or self.model.decode_head.out_channels > 1:
+        if self.scope != 'mmseg' or self.model.out_channels > 1:
             return None
         return self.model.decode_head.threshold
 
@@ -172,6 +172,11 @@ class ExportModel(nn.Module):
         if self.output != 'logits' and self.part != 'whole':
             raise ValueError(f"output={self.output!r} needs part='whole', "
                              f'got {self.part!r}')
+        if not hasattr(model, 'backbone'):
+            raise ConfigError(
+                f'{config}: {type(model).__name__} holds a model with the '
+                'backbone, or several, and is not exported; use the config of '
+                'that model, and its weights alone')
         if self.part == 'whole' and self.scope == 'mmdet':
             raise ValueError(
                 'a whole detector, with its proposals and NMS, is not '
@@ -207,9 +212,10 @@ class ExportModel(nn.Module):
         module = self.model.data_preprocessor
         cfg = source.cfg.model.get('data_preprocessor') or source.cfg.get(
             'data_preprocessor') or {}
-        to_rgb = cfg.get('bgr_to_rgb') or cfg.get('to_rgb')
-        # mmcv reads images as BGR.
-        self.channel_order = ('RGB' if to_rgb else 'BGR'
+        # mmcv reads images as BGR, and all of these swap R and B.
+        swaps = any(cfg.get(key) for key in (
+            'bgr_to_rgb', 'rgb_to_bgr', 'to_rgb'))
+        self.channel_order = ('RGB' if swaps else 'BGR'
                               ) if self.input_channels == 3 else 'any'
         # mmseg pads in tests only where test_cfg says so.
         padding = ((cfg.get('test_cfg') or {}).get('size_divisor')

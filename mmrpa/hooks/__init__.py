@@ -1,5 +1,6 @@
 """Hooks of mmengine; a config names them as ``mmrpa.<class>``."""
 
+from .. import torch_release  # noqa: F401 (first: it may refuse)
 from .data_check import DataCheckHook
 from .exact_resume import ExactResumeHook
 from .routing_stats import RoutingStatsHook

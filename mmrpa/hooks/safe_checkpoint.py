@@ -2,10 +2,11 @@
 
 import contextlib
 import errno
-import glob
+import fcntl
 import logging
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,11 +20,18 @@ from mmengine.logging import print_log
 from mmengine.runner import Runner
 
 from ..registry import HOOKS
-from ..safe_loading import CheckpointSaveError, use_safe_reader
+from ..safe_loading import (
+    CheckpointSaveError,
+    find_refusal,
+    use_safe_reader,
+)
+from ..whole_files import beside
 
-_TEMPORARY = '.{}.tmp'
-# A younger temporary file may be one that another process writes just now.
+# A younger temporary file may be one that another process writes just now, one
+# of another machine, too, whose locks do not show here.
 _OLD_SECONDS = 600
+# For what cannot be locked: folders, and files where locks do not work.
+_UNLOCKED_SECONDS = 24 * 3600
 # What file systems answer that have no fsync for folders, or forbid to open
 # them.
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES,
@@ -62,7 +70,7 @@ class _LateRemovals:
 
 
 class _Aside:
-    """A runner for mmengine's code, which then writes aside.
+    """A runner for mmengine's code, which then writes elsewhere.
 
     Args:
         runner (Runner): The runner to use for all else.
@@ -117,7 +125,7 @@ class SafeCheckpointHook(CheckpointHook):
     def before_train(self, runner) -> None:
         """Find the folder, and clear what a killed process has left in it."""
         super().before_train(runner)
-        self._writing = False
+        self._writing = self._refused = False
         backend = getattr(self.file_backend, 'client', self.file_backend)
         self._safe = (isinstance(backend, LocalBackend)
                       and isinstance(runner, Runner))
@@ -130,6 +138,7 @@ class SafeCheckpointHook(CheckpointHook):
                       logger='current', level=logging.WARNING)
         elif is_main_process():
             _clear(Path(self.out_dir), self.filename_tmpl)
+            _clear(Path(runner.work_dir), 'last_checkpoint')
 
     def _save_checkpoint_with_step(self, runner, step: int,
                                    meta: dict) -> None:
@@ -155,12 +164,17 @@ class SafeCheckpointHook(CheckpointHook):
         def save_aside(out_dir: str, filename: str, *args: Any,
                        **kwargs: Any) -> None:
             path = Path(out_dir, filename)
-            aside = path.with_name(_TEMPORARY.format(filename))
-            with explained(path, aside):
+            with explained(path), _temporary(path) as aside:
                 runner.save_checkpoint(out_dir, aside.name, *args, **kwargs)
                 if is_main_process():
+                    self._tell_of_refusal(aside, path)
                     put_in_place(aside, path)
-            written.append(os.path.join(out_dir, filename))
+            written.append(backend.join_path(out_dir, filename))
+
+        def save(out_dir: str, filename: str, *args: Any,
+                 **kwargs: Any) -> None:
+            runner.save_checkpoint(out_dir, filename, *args, **kwargs)
+            written.append(backend.join_path(out_dir, filename))
 
         self._writing, self.file_backend = True, removals
         try:
@@ -169,10 +183,44 @@ class SafeCheckpointHook(CheckpointHook):
                     with _pointer_aside(pointer) as folder:
                         yield _Aside(runner, save_aside, folder)
                 else:
-                    yield runner
+                    yield _Aside(runner, save, pointer.parent)
         finally:
             self._writing, self.file_backend = False, backend
         removals.apply(set(written))
+
+    def _tell_of_refusal(self, aside: Path, path: Path) -> None:
+        """Warn, once, of a checkpoint that no resume will take."""
+        refusal = None if self._refused else find_refusal(aside, path)
+        if refusal is not None:
+            self._refused = True
+            print_log(f'SafeCheckpointHook: no resume will take {refusal}. '
+                      'Look for a hook or a metric that puts something into '
+                      'the checkpoint or the message hub; plain values, '
+                      'tensors and numpy arrays are read', logger='current',
+                      level=logging.WARNING)
+
+
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """A file beside ``path``, empty, and gone afterwards unless renamed.
+
+    It is locked, so that others can tell it from what a killed process has
+    left. Only the first process has one, as only it writes.
+    """
+    aside = beside(path)
+    if not is_main_process():
+        yield aside
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        with contextlib.suppress(OSError):  # not all file systems have locks
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield aside
+    finally:
+        os.close(handle)  # first, else NFS keeps what is removed
+        with contextlib.suppress(OSError):
+            aside.unlink()
 
 
 @contextlib.contextmanager
@@ -182,51 +230,67 @@ def _pointer_aside(pointer: Path) -> Iterator[Path]:
     mmengine empties the file before it writes to it. Only the first process
     writes one.
     """
-    folder = pointer.with_name(_TEMPORARY.format(pointer.name))
+    folder = beside(pointer)
     if not is_main_process():
         yield folder
         return
-    folder.mkdir(exist_ok=True)
+    folder.mkdir()
     aside = folder / pointer.name
     try:
         yield folder
         if aside.is_file():  # the best checkpoint may be all that is saved
             put_in_place(aside, pointer)
     finally:
-        with contextlib.suppress(OSError):  # empty or not, it is hidden
-            aside.unlink(missing_ok=True)
-            folder.rmdir()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _clear(folder: Path, template: str) -> None:
-    """Remove temporary files that a killed process has left.
+    """Remove temporary files and folders that a killed process has left.
 
     Args:
         folder (Path): Where checkpoints are written.
-        template (str): ``filename_tmpl`` of the hook.
+        template (str): ``filename_tmpl`` of the hook, or a file's name.
     """
-    # best_*_ may come before it.
-    names = '*'.join(glob.escape(part)
-                     for part in re.split(r'\{[^}]*\}', template))
-    for name in (names, f'best_*_{names}'):
-        for path in folder.glob(_TEMPORARY.format(name)):
-            with contextlib.suppress(FileNotFoundError):
-                if time.time() - path.stat().st_mtime > _OLD_SECONDS:
+    name = '.*'.join(map(re.escape, re.split(r'\{[^}]*\}', template)))
+    ours = re.compile(rf'\.(best_.*_)?{name}\.[0-9a-f]{{8}}\.tmp')
+    for path in folder.glob('.*.tmp'):
+        # Gone in the meantime, or of a user who may not be interfered with.
+        with contextlib.suppress(OSError):
+            if ours.fullmatch(path.name) and _is_left(path):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
                     path.unlink()
 
 
+def _is_left(path: Path) -> bool:
+    """Whether no process can still be writing a temporary file."""
+    age = time.time() - path.stat().st_mtime
+    if age <= _OLD_SECONDS:
+        return False
+    handle = None
+    try:
+        handle = os.open(path, os.O_RDWR)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a folder, or no locks
+        return age > _UNLOCKED_SECONDS
+    finally:
+        if handle is not None:
+            os.close(handle)
+    return True
+
+
 @contextlib.contextmanager
-def _explained(runner, written: list[str], last: str | None, path: Path,
-               aside: Path | None = None) -> Iterator[None]:
+def _explained(runner, written: list[str], last: str | None,
+               path: Path) -> Iterator[None]:
     """Tell what to do about a file that cannot be written."""
     try:
         yield
     except CheckpointSaveError:
         raise
     except OSError as error:
-        if aside is not None:
-            with contextlib.suppress(OSError):
-                aside.unlink()  # it takes up room
         good = written[-1] if written else last
         raise CheckpointSaveError(
             f'cannot write {path}: {error.strerror or error}. '

@@ -1,5 +1,6 @@
 """RPAttention as functions of tensors; needs torch alone."""
 
+from .. import torch_release  # noqa: F401 (first: it may refuse)
 from .functional import (
     IMPLS,
     choose_impl,

@@ -13,15 +13,10 @@ from ..arguments import (
     check_pair,
     check_tensor,
 )
-from . import absorbed, naive
+from . import absorbed, library, library_layer, naive
 from .naive import REDUCTIONS, ROUTINGS
 
 IMPLS = ('auto', 'naive', 'fused', 'triton')
-# Custom operators with autograd came with torch 2.4.
-HAS_CUSTOM_OPS = hasattr(torch.library, 'custom_op')
-if HAS_CUSTOM_OPS:
-    from . import library, library_layer
-
 # What the Triton kernels take.
 TRITON_HEAD_DIMS = (16, 128)
 TRITON_MAX_REPRESENTATIVES = 256
@@ -36,8 +31,7 @@ def choose_impl(device_type: str,
     """What ``impl='auto'`` stands for.
 
     ``'triton'`` on CUDA, where the Triton kernels take the dtype and sizes;
-    ``'fused'`` everywhere else. With torch before 2.4, which lacks the custom
-    operators that both need, ``'naive'``. Nothing else is looked at.
+    ``'fused'`` everywhere else. Nothing else is looked at.
 
     Args:
         device_type (str): ``'cuda'``, ``'cpu'`` and so on.
@@ -51,8 +45,6 @@ def choose_impl(device_type: str,
     """
     check_int('head_dims', head_dims, 1)
     check_int('num_representatives', num_representatives, 1)
-    if not HAS_CUSTOM_OPS:
-        return 'naive'
     fits = _why_not_triton(dtype, head_dims, num_representatives,
                            routing) is None
     return 'triton' if device_type == 'cuda' and fits else 'fused'
@@ -75,9 +67,6 @@ def resolve_impl(impl: str, device_type: str, dtype: torch.dtype,
     if impl == 'auto':
         return choose_impl(device_type, dtype, head_dims, num_representatives,
                            routing)
-    if impl != 'naive' and not HAS_CUSTOM_OPS:
-        raise ValueError(f"impl={impl!r} needs torch 2.4 or later, this is "
-                         f"{torch.__version__}; use impl='naive'")
     if impl == 'triton':
         reason = _why_not_triton(dtype, head_dims, num_representatives,
                                  routing)
@@ -356,12 +345,8 @@ def rp_attention_layer(x: Tensor,
 
     Raises:
         TypeError: A tensor is not floating point.
-        ValueError: A shape, dtype or device does not fit, or torch is older
-            than 2.4.
+        ValueError: A shape, dtype or device does not fit.
     """
-    if not HAS_CUSTOM_OPS:
-        raise ValueError('rp_attention_layer needs torch 2.4 or later, this '
-                         f'is {torch.__version__}; use rp_attention_qkv')
     check_tensor('x', x)
     check_int('num_heads', num_heads, 1)
     if x.dim() != 3 or x.shape[2] < 1 or x.shape[2] % num_heads:

@@ -1,5 +1,6 @@
 """Swap the backbone of an mmdet, mmsegmentation or mmpretrain config."""
 
+from .. import torch_release  # noqa: F401 (first: it may refuse)
 from .archs import NAMES
 from .core import swap, swap_backbone
 from .report import Report, SwapError, SwapRefused

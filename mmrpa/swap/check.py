@@ -15,6 +15,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DefaultScope
 
 from ..safe_loading import safe_reader
+from .fields import walk
 from .probe import build
 from .report import type_name
 from .synthetic import make_batch
@@ -160,32 +161,22 @@ def _preprocessors(model: Mapping[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def _use_plain_bn(node: Any) -> None:
+def _use_plain_bn(model: dict[str, Any]) -> None:
     """BN for mmcv's synchronised one, which one process cannot build.
 
     torch's is reverted after building, as by mmengine's Runner.
     """
-    if isinstance(node, dict):
+    for _, node in walk(model):
         if node.get('type') == 'MMSyncBN':
             node['type'] = 'BN'
-        node = node.values()
-    elif not isinstance(node, (list, tuple)):
-        return
-    for child in node:
-        _use_plain_bn(child)
 
 
-def _without_checkpoints(node: Any) -> None:
+def _without_checkpoints(model: dict[str, Any]) -> None:
     """Remove what would be downloaded: checkpoints of teachers and heads."""
-    if isinstance(node, dict):
+    for _, node in walk(model):
         if type_name(node.get('init_cfg')) == 'Pretrained':
             del node['init_cfg']
         if node.get('teacher_ckpt'):
             node['teacher_ckpt'] = None
         if isinstance(node.get('pretrained'), str):
             node['pretrained'] = None
-        node = node.values()
-    elif not isinstance(node, (list, tuple)):
-        return
-    for child in node:
-        _without_checkpoints(child)

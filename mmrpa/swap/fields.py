@@ -1,6 +1,6 @@
-"""Read a value that a swap depends on, or say what it has to be."""
+"""Read values that a swap depends on, or say what they have to be."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,3 +88,21 @@ def take(node: Mapping[str, Any], name: str, kind: Kind, key: str,
     if not kind.fits(value):
         raise SwapError(f'{where} must be {kind.text}, got {short(value)}')
     return value
+
+
+def walk(node: Any, key: str = '') -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (dotted key, dict) of all dicts in a config.
+
+    Each comes before those in it, and may be changed then.
+
+    Args:
+        node (Any): The config, or a part of it.
+        key (str): Where that part is.
+    """
+    if isinstance(node, Mapping):
+        yield key, node
+        for name, child in list(node.items()):
+            yield from walk(child, f'{key}.{name}' if key else str(name))
+    elif isinstance(node, (list, tuple)):
+        for i, child in enumerate(node):
+            yield from walk(child, f'{key}.{i}')

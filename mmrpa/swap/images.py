@@ -1,8 +1,8 @@
 """The normalisation of images that a swapped backbone's weights expect."""
 
-from collections.abc import Iterator
 from typing import Any
 
+from .fields import walk
 from .report import Report, short, type_name
 
 MEAN = [123.675, 116.28, 103.53]  # red, green, blue, of ImageNet
@@ -21,8 +21,9 @@ def use_imagenet_rgb(cfg: dict[str, Any], report: Report) -> None:
         cfg (dict): The whole config, changed in place.
         report (Report): Takes the lines.
     """
-    found = [(key, node) for key, node in _walk(cfg)
-             if _is_normalisation(node)]
+    # The config itself may have variables of these names.
+    found = [(key, node) for key, node in walk(cfg)
+             if key and _is_normalisation(node)]
     if not found:
         report.leave('model.data_preprocessor', 'images are not normalised; '
                      'weights pretrained on ImageNet want '
@@ -56,9 +57,9 @@ def use_imagenet_rgb(cfg: dict[str, Any], report: Report) -> None:
 
 def _follow(cfg: dict[str, Any], old_mean: list, report: Report) -> None:
     """Let transforms that fill with the mean (Expand) fill with the new."""
-    for key, node in _walk(cfg):
-        if 'std' in node or 'to_rgb' not in node or not _are_numbers(
-                node.get('mean')):
+    for key, node in walk(cfg):
+        if not key or 'std' in node or 'to_rgb' not in node or (
+                not _are_numbers(node.get('mean'))):
             continue
         if _same(list(node['mean']), old_mean) and not node['to_rgb']:
             node.update(mean=list(MEAN), to_rgb=True)
@@ -89,15 +90,3 @@ def _order_key(node: dict[str, Any]) -> str:
 def _same(a: list, b: list) -> bool:
     return len(a) == len(b) and all(
         abs(x - y) < 0.05 for x, y in zip(a, b, strict=True))
-
-
-def _walk(node: Any, key: str = '') -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (dotted key, dict) of a config, depth first."""
-    if isinstance(node, dict):
-        if key:
-            yield key, node
-        for name, child in node.items():
-            yield from _walk(child, f'{key}.{name}' if key else str(name))
-    elif isinstance(node, (list, tuple)):
-        for i, child in enumerate(node):
-            yield from _walk(child, f'{key}.{i}')

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from .fields import NAMES, take
+from .fields import NAMES, take, walk
 from .report import Report, short, type_name
 
 _UNUSED_IMPORTS = ('mmpretrain', 'mmcls', 'mmdet', 'mmseg')
@@ -50,7 +50,7 @@ def _drop_checkpoints(cfg: dict[str, Any], report: Report) -> None:
     if cfg.get('resume') is True:
         cfg['resume'] = False
         report.change('resume', 'False', 'a run of the old model cannot go on')
-    for key, node in _walk(cfg.get('model'), 'model'):
+    for key, node in walk(cfg.get('model'), 'model'):
         if _is_other_network(key):
             continue
         if node.get('pretrained'):
@@ -90,7 +90,7 @@ def _drop_imports(cfg: dict[str, Any], old: dict[str, Any],
         return
     names = take(imports, 'imports', NAMES, 'custom_imports')
     names = [names] if isinstance(names, str) else list(names)
-    kinds = [str(node.get('type')) for _, node in _walk(cfg, '')]
+    kinds = [str(node.get('type')) for _, node in walk(cfg)]
     scope = str(old.get('type')).rpartition('.')[0].split('.')[0]
     kept = []
     for name in names:
@@ -133,7 +133,7 @@ def _is_other_network(key: str) -> bool:
 
 def _backbones(cfg: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Backbones that are not mmrpa's."""
-    for key, node in _walk(cfg, ''):
+    for key, node in walk(cfg):
         for name, child in node.items():
             if 'backbone' in str(name) and isinstance(child, dict) and (
                     child.get('type')
@@ -154,14 +154,3 @@ def _strings(node: Any) -> Iterator[str]:
     elif isinstance(node, (list, tuple)):
         for child in node:
             yield from _strings(child)
-
-
-def _walk(node: Any, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (dotted key, dict), the dict's own values last."""
-    if isinstance(node, dict):
-        yield key, node
-        for name, child in list(node.items()):
-            yield from _walk(child, f'{key}.{name}' if key else str(name))
-    elif isinstance(node, (list, tuple)):
-        for i, child in enumerate(node):
-            yield from _walk(child, f'{key}.{i}')

@@ -1,12 +1,13 @@
 """Batches of random images with labels, as each host's data loader gives."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from mmengine.structures import InstanceData, PixelData
 
+from .fields import walk
 from .report import type_name
 
 _BATCH = 2
@@ -30,7 +31,7 @@ def make_batch(cfg: Mapping[str, Any], side: int) -> dict[str, Any]:
         return _segmentation(model, channels, side)
     if cfg['default_scope'] == 'mmpretrain':
         return _classification(model, channels, side)
-    loaders = [node for node in _walk(cfg.get('train_dataloader'))
+    loaders = [node for _, node in walk(cfg.get('train_dataloader'))
                if 'LoadAnnotations' in type_name(node)]
     # Some assigners do without masks only where there are none.
     masks = not loaders or any(node.get('with_mask') for node in loaders)
@@ -38,25 +39,15 @@ def make_batch(cfg: Mapping[str, Any], side: int) -> dict[str, Any]:
 
 
 def _num_channels(cfg: Mapping[str, Any]) -> int:
-    for node in _walk(cfg['model']):
+    for _, node in walk(cfg['model']):
         if 'backbone' in node and isinstance(node['backbone'], Mapping):
             return node['backbone'].get('in_channels', 3)
     return 3
 
 
-def _walk(node: Any) -> Iterator[Mapping[str, Any]]:
-    if isinstance(node, Mapping):
-        yield node
-        for child in node.values():
-            yield from _walk(child)
-    elif isinstance(node, (list, tuple)):
-        for child in node:
-            yield from _walk(child)
-
-
 def _num_classes(model: Mapping[str, Any]) -> int:
     """The smallest number of classes that a part of the model has."""
-    counts = [node[name] for node in _walk(model)
+    counts = [node[name] for _, node in walk(model)
               for name in ('num_classes', 'num_things_classes')
               if isinstance(node.get(name), int) and node[name] > 0]
     return min(counts, default=1)
@@ -111,7 +102,7 @@ def _objects(model: Mapping[str, Any], side: int, with_masks: bool) -> Any:
         sample.ignored_instances.masks = BitmapMasks(masks[:0], side, side)
     # HTC's loader gives the label map at an eighth of the image.
     cell = 8 if any('semantic_head' in n and 'fusion_level' in str(
-        n['semantic_head']) for n in _walk(model)) else 1
+        n['semantic_head']) for _, n in walk(model)) else 1
     sample.gt_sem_seg = PixelData(sem_seg=torch.randint(
         0, 10, (1, side // cell, side // cell)))
     sample.proposals = InstanceData(

@@ -5,6 +5,7 @@ is what ``tools/align_attention.py`` trains; docs/attention_transfer.md is the
 guide and has the measurements.
 """
 
+from .. import torch_release  # noqa: F401 (first: it may refuse)
 from .calibrate import LayerReport, calibrate
 from .reduction import fit_reduced_kv
 from .start import start_student

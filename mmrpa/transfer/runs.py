@@ -1,8 +1,6 @@
 """The run behind ``tools/align_attention.py``: networks, Runner, weights."""
 
 import json
-import os
-import tempfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 from ..backbones import RPBackbone
 from ..backbones.checkpoint import check_state_dict
 from ..registry import MODELS
+from ..whole_files import whole_file
 from .align import AttentionTransfer, PhaseHook
 from .images import UnlabelledImages
 
@@ -312,10 +311,8 @@ def read_record(work_dir: str) -> Dict[str, Any]:
 def write_record(work_dir: str, record: Mapping[str, Any]) -> None:
     """Note what a run is, for the one that resumes it."""
     Path(work_dir).mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=work_dir, prefix=f'.{RECORD}.')
-    with os.fdopen(handle, 'w') as file:
-        json.dump(dict(record), file, indent=2)
-    os.replace(temporary, Path(work_dir, RECORD))
+    with whole_file(Path(work_dir, RECORD)) as temporary:
+        temporary.write_text(json.dumps(dict(record), indent=2))
 
 
 def differences(old: Mapping[str, Any],

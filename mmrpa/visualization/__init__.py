@@ -1,5 +1,6 @@
 """What representatives stand for, and what a query reads through them."""
 
+from .. import torch_release  # noqa: F401 (first: it may refuse)
 from .colors import representative_colors
 from .painting import paint_routing
 from .recording import (

@@ -1,7 +1,5 @@
 """Figures for papers: segments, and responses of query points."""
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Any, List, NamedTuple, Sequence, Tuple, Union
 
@@ -16,6 +14,7 @@ from matplotlib.patheffects import withStroke
 from PIL import Image
 from torch import Tensor
 
+from ..whole_files import whole_file
 from .colors import representative_colors
 from .models import Place, View
 from .painting import overlay_blocks, overlay_heat, overlay_segments
@@ -269,19 +268,9 @@ def draw_blocks(columns: Sequence[Responses],
 def save(figure: Figure, path: Union[str, Path]) -> None:
     """Write a figure, tightly cropped, wholly or not at all."""
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=path.suffix,
-                                         prefix=f'.{path.stem}.')
-    try:
-        with os.fdopen(handle, 'wb') as file, matplotlib.rc_context(STYLE):
-            figure.savefig(file, format=path.suffix[1:], dpi=DPI,
-                           bbox_inches='tight', pad_inches=MARGIN)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp's is for us alone
-        os.replace(temporary, path)
-    except BaseException:
-        os.remove(temporary)
-        raise
+    with whole_file(path) as temporary, matplotlib.rc_context(STYLE):
+        figure.savefig(temporary, format=path.suffix[1:], dpi=DPI,
+                       bbox_inches='tight', pad_inches=MARGIN)
 
 
 # The parts of a figure.

@@ -7,6 +7,7 @@ RP backbone and reports what became of every tensor, and
 ``tools/convert_checkpoint.py`` does all three; docs/pretrained.md explains.
 """
 
+from .. import torch_release  # noqa: F401 (first: it may refuse)
 from .archs import arch_names, build_arch
 from .convert import DWC_STARTS, ConversionError, convert
 from .files import (

@@ -158,10 +158,13 @@ def _fit(weights: Canonical, backbone: nn.Module,
         value = tensors.pop(name, None)
         if value is not None and _is_another_norm(name, own, weights):
             tensors[name], value = value, None
-        if value is None and _is_bias_of_none(name, own, weights):
-            # A layer without a bias is one whose bias is zero.
-            result[name] = torch.zeros_like(target)
-            report.new[name] = NO_BIAS
+        if value is None and _lacks_bias_alone(name, weights):
+            if _has_no_such_bias(name, weights):
+                # A layer without a bias is one whose bias is zero.
+                result[name] = torch.zeros_like(target)
+                report.new[name] = NO_BIAS
+            else:
+                report.missing[name] = target.numel()
             continue
         if value is None:
             _explain_absence(name, target, weights, report)
@@ -181,13 +184,34 @@ def _fit(weights: Canonical, backbone: nn.Module,
     return result
 
 
-def _is_bias_of_none(name: str, own: Mapping[str, Tensor],
-                     weights: Canonical) -> bool:
-    if not name.endswith('.bias'):
+def _lacks_bias_alone(name: str, weights: Canonical) -> bool:
+    """Whether the weight that a bias belongs to is in the file."""
+    if not name.endswith('.bias') or name in weights.tensors:
         return False
     weight = re.sub(r'\.attn\.(q|kv)\.bias$', '.attn.qkv.bias',
                     name).removesuffix('bias') + 'weight'
-    return weight in weights.tensors and not _NORM.match(name)
+    return weight in weights.tensors
+
+
+def _has_no_such_bias(name: str, weights: Canonical) -> bool:
+    """Whether the source's code can build the network without a bias.
+
+    What an option leaves out it leaves out in all blocks; a bias that only
+    some have was lost.
+    """
+    kinds = {key.rpartition('.attn.')[2] for key in weights.tensors
+             if '.attn.' in key}
+    with_qkv = bool(kinds & {'qkv.bias', 'q.bias', 'kv.bias'})
+    if name.endswith(('.attn.qkv.bias', '.attn.q.bias', '.attn.kv.bias')):
+        return not with_qkv  # qkv_bias=False
+    if name.endswith('.attn.proj.bias'):
+        # nn.MultiheadAttention without a bias has none here, either.
+        return not with_qkv and 'proj.bias' not in kinds and any(
+            source.endswith('.in_proj_weight')
+            for source in weights.origin.values())
+    # patch_bias=False is the default of mmseg's ViT.
+    return (weights.style.title == 'mmseg'
+            and name == 'stem.patch_embed.projection.bias')
 
 
 def _is_another_norm(name: str, own: Mapping[str, Tensor],

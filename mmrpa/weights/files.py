@@ -12,7 +12,6 @@ import os
 import pickle
 import re
 import struct
-import tempfile
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,8 @@ from typing import Any, Dict, Iterator, Mapping, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
+
+from ..whole_files import whole_file
 
 # Where weights are kept inside of checkpoints, the best first. Averaged
 # weights are what their authors evaluated.
@@ -149,10 +150,7 @@ def write_checkpoint(path: Union[str, Path], state_dict: Mapping[str, Tensor],
     # A slice of a larger tensor would take all of it along.
     tensors = {name: value.detach().cpu().contiguous().clone()
                for name, value in state_dict.items()}
-    handle, temporary = tempfile.mkstemp(
-        dir=path.parent, prefix=f'.{path.name}.')
-    os.close(handle)
-    try:
+    with whole_file(path) as temporary:
         if path.suffix == SAFETENSORS:
             _safetensors().save_file(
                 tensors, temporary,
@@ -161,13 +159,6 @@ def write_checkpoint(path: Union[str, Path], state_dict: Mapping[str, Tensor],
             torch.save(
                 dict(state_dict=tensors, meta={META_KEY: dict(meta)}),
                 temporary)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp's is for us alone
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)
 
 
 def _check_path(path: Union[str, Path]) -> None:
@@ -351,23 +342,14 @@ def explained(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _stand_ins() -> Iterator[None]:
-    """Let the unpickler of torch see stand-ins, where torch can (2.6)."""
+    """Let the unpickler of torch see stand-ins."""
     names = [(_Inert, name) for name in _STAND_INS]
-    if torch_version() < (2, 6):
-        yield
-        return
     # numpy 2 gives each dtype a class of its own.
     names += [(_Inert, f'numpy.dtypes.{kind}DType')
               for kind in ('Float16', 'Float32', 'Float64', 'Int8', 'UInt8',
                            'Int16', 'Int32', 'Int64', 'Bool')]
     with torch.serialization.safe_globals(names):
         yield
-
-
-def torch_version() -> Tuple[int, int]:
-    """Major and minor version of torch."""
-    major, minor = re.match(r'(\d+)\.(\d+)', torch.__version__).groups()
-    return int(major), int(minor)
 
 
 def _explain(error: str, name: str) -> str:
@@ -380,10 +362,8 @@ def _explain(error: str, name: str) -> str:
                 f'{f" ({reason[1].strip()})" if reason else ""}; download or '
                 'copy it again')
     what = next(text for text in found.groups() if text)
-    old = ('' if torch_version() >= (2, 6) else
-           ' torch 2.6 or later can skip some of it;')
     return (f'{name} holds more than weights: loading it would run {what}, '
-            f'so it was refused;{old} ask its author for the tensors alone '
+            'so it was refused; ask its author for the tensors alone '
             '(torch.save(model.state_dict(), ...) or .safetensors)')
 
 

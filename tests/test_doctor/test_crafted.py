@@ -179,7 +179,8 @@ BROKEN = {
         'numpy-too-old', 'cv2 were compiled against a later one',
         'pip install numpy==2'),
     'numpy raises': ([], [], {'numpy/__init__.py': _raising('no _core')},
-                     'numpy-broken', 'no _core', 'pip install numpy=='),
+                     'numpy-broken', 'no _core',
+                     'pip install --force-reinstall numpy=='),
     'no setuptools for the original': (
         ['setuptools', 'onedl-mmengine'],
         [('mmengine', '0.10.7', HEALTHY['onedl-mmengine'][1])], {},
@@ -221,10 +222,10 @@ BROKEN = {
     'torchvision without pillow': ([], [], {'torchvision/ops.py':
         'import PIL'}, 'torchvision-broken', "No module named 'PIL'",
         'pip install pillow'),
-    'torch that loads code': ([], [], {'torch/__init__.py': TORCH.replace(
-        '2.11.0', '2.5.1+cpu')}, 'torch-unsafe-load',
-        '(CVE-2025-32434, CVE-2026-24747)', 'pip install --force-reinstall '
-        '--no-deps torch=='),
+    'torch that mmrpa refuses': ([], [], {'torch/__init__.py': TORCH.replace(
+        '2.11.0', '2.5.1+cpu')}, 'torch-too-old', 'torch is 2.5.1+cpu, mmrpa '
+        'needs 2.6 or later', 'pip install --force-reinstall --no-deps '
+        'torch=='),
     'torch that corrupts memory': ([], [], {'torch/__init__.py': TORCH.replace(
         '2.11.0', '2.9.1')}, 'torch-unsafe-load', 'is set (CVE-2026-24747)',
         '--no-binary=onedl-mmcv onedl-mmcv=='),

@@ -192,6 +192,112 @@ def test_another_python_where_there_is_no_makefile(checkout):
         'make setup ' if checkout else 'python3.11 -m venv ')
 
 
+COMPILE = '--no-binary=onedl-mmcv onedl-mmcv==' + TESTED['onedl-mmcv']
+
+
+@pytest.mark.parametrize('fault, code', [
+    ('no ops', 'mmcv-no-ops'), ('ops for a CPU', 'mmcv-cpu-ops'),
+    ('an old torch', 'torch-unsafe-load')])
+def test_compiled_mmcv_takes_the_original_and_who_refuses_it_along(fault,
+                                                                   code):
+    """mmdet 3.3.0 and mmsegmentation 1.2.2 take no mmcv from 2.2 on."""
+    facts = copy.deepcopy(FACTS)
+    facts['owners'].update(mmcv=['mmcv'], mmdet=['mmdet'],
+                           mmseg=['mmsegmentation'], mmpretrain=['mmpretrain'])
+    if fault == 'no ops':
+        facts['has_ops'] = False
+        facts['probes']['mmcv.ops'] = {'error': 'x', 'missing': 'mmcv._ext'}
+    elif fault == 'ops for a CPU':
+        facts['probes']['mmcv.ops']['found']['cuda'] = 'not available'
+    else:
+        facts['probes']['torch']['found']['version'] = '2.5.1'
+        facts['requires_torch'] = '2.5.1'
+    finding, = diagnose(facts)
+    assert finding.code == code
+    assert 'pip uninstall -y mmcv mmcv-lite mmcv-full onedl-mmcv && ' in (
+        finding.command)
+    assert ('FORCE_CUDA=1 ' in finding.command) == (fault == 'ops for a CPU')
+    assert finding.command.endswith(
+        f'{COMPILE} && pip uninstall -y mmdet mmsegmentation && pip install '
+        f"--no-deps onedl-mmdetection=={TESTED['onedl-mmdetection']} "
+        f"onedl-mmsegmentation=={TESTED['onedl-mmsegmentation']}")
+    facts['owners'].update(mmdet=['onedl-mmdetection'], mmseg=[])
+    finding, = diagnose(facts)
+    assert finding.command.endswith(COMPILE)
+
+
+@pytest.mark.parametrize('hosts, level', [
+    (('mmpretrain', ), 'note'), (('mmdet', ), 'problem'),
+    (('mmpretrain', 'mmseg'), 'problem')])
+def test_mmpretrain_alone_needs_no_ops(hosts, level):
+    facts = _without(copy.deepcopy(FACTS),
+                     *(name for name in HOSTS if name not in hosts))
+    facts.update(has_ops=False)
+    facts['owners']['mmcv'] = ['mmcv-lite']
+    facts['probes']['mmcv.ops'] = {'error': 'x', 'missing': 'mmcv._ext'}
+    facts['distributions']['setuptools'] = '65.5.0'
+    found = {finding.code: finding.level for finding in diagnose(facts)}
+    assert found == {'mmcv-no-ops': level, 'setuptools-too-old': level}
+
+
+@pytest.mark.parametrize('owners, code', [
+    (['opencv-python', 'opencv-contrib-python'], 'opencv-twice'),
+    (['opencv-python'], 'opencv-broken'), ([], 'opencv-missing')])
+@pytest.mark.parametrize('numpy, requirement', [
+    ('1.26.4', "'opencv-python-headless<4.12'"),
+    ('2.2.6', 'opencv-python-headless==4.12.0.88')])
+def test_opencv_is_one_for_the_numpy_that_is_there(owners, code, numpy,
+                                                   requirement):
+    """OpenCV asks for numpy 2 from 4.12 on; an old torch wants numpy 1."""
+    facts = copy.deepcopy(FACTS)
+    del facts['distributions']['opencv-python-headless']
+    facts['distributions'].update({'numpy': numpy}, **{
+        name: '4.10' for name in owners})
+    facts['owners']['cv2'] = owners
+    facts['probes']['numpy']['found']['version'] = numpy
+    facts['probes']['cv2'] = {'error': 'x', 'missing': None if owners else
+                              'cv2'}
+    finding, = diagnose(facts)
+    assert finding.code == code
+    assert finding.command.endswith(f'pip install --no-deps {requirement}')
+
+
+def test_broken_numpy_is_replaced_by_the_same():
+    """Another generation would break what was compiled for this one."""
+    facts = copy.deepcopy(FACTS)
+    facts['distributions']['numpy'] = '1.26.4'
+    facts['probes']['numpy'] = {'error': 'x', 'missing': None}
+    finding, = diagnose(facts)
+    assert finding.command == 'pip install --force-reinstall numpy==1.26.4'
+
+
+def test_torch_that_lacks_a_package_is_left_as_it_is():
+    facts = copy.deepcopy(FACTS)
+    facts['probes']['torch'] = {
+        'error': "ModuleNotFoundError: No module named 'typing_extensions'",
+        'missing': 'typing_extensions'}
+    finding, = diagnose(facts)
+    assert finding.code == 'torch-broken'
+    assert finding.command == 'pip install typing_extensions'
+
+
+@pytest.mark.parametrize('name', ['mmengine', 'mmengine-lite'])
+def test_both_originals_of_mmengine_need_pkg_resources(name):
+    facts = copy.deepcopy(FACTS)
+    facts['distributions'][name] = '0.10.7'
+    del facts['distributions']['setuptools']
+    finding, = diagnose(facts)
+    assert finding.code == 'setuptools-missing'
+
+
+def test_pkg_resources_come_with_setuptools():
+    facts = copy.deepcopy(FACTS)
+    del facts['distributions']['setuptools']
+    facts['probes']['mmdet'] = {'error': 'x', 'missing': 'pkg_resources'}
+    finding, = diagnose(facts)
+    assert finding.command == "pip install 'setuptools<82'"
+
+
 def _codes(**changes):
     return [finding.code for finding in _diagnose(**changes)]
 
@@ -208,7 +314,14 @@ def _codes(**changes):
     (dict(ops_cuda='not available'), ['mmcv-cpu-ops']),
     (dict(version='2.9.1+cu128', requires_torch='2.9.1'),
      ['torch-unsafe-load']),
+    (dict(version='2.6.0', requires_torch='2.6.0'), ['torch-unsafe-load']),
+    (dict(version='2.5.1', requires_torch='2.5.1'), ['torch-too-old']),
+    (dict(version='1.13.1', requires_torch='1.13.1'), ['torch-too-old']),
+    (dict(version='3fa9151'), []),  # a build from source
     (dict(version='2.10.0+cu128', requires_torch='2.10.0'), []),
+    # A build for AMD's GPUs, which "cuda" is the word for, too.
+    (dict(cuda=None, archs=[], capabilities=[[9, 0]], gpus=[],
+          ops_cuda='rocm not available'), []),
     (dict(has_pip=False), []),
     (dict(python=[3, 13, 0]), ['python']),
     (dict(python=[3, 9, 1]), ['python']),

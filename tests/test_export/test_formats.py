@@ -13,9 +13,21 @@ from export_models import (
     write_segmentor,
     write_weights,
 )
+from guides import ROOT
+from mmengine.config import Config
 
-from mmrpa.export import CHECK_SIZES, CheckError, ExportModel, export_model
+import mmrpa.export.formats as formats
+from mmrpa.export import (
+    CHECK_SIZES,
+    CheckError,
+    ExportModel,
+    export_model,
+)
 from mmrpa.export.check import check_program
+from mmrpa.preflight import ConfigError
+
+DETECTOR = ROOT / ('configs/mmdet/quickstart/'
+                   'mask-rcnn_rp-pvt-nano_fpn_1xb4_sample.py')
 
 
 @pytest.fixture
@@ -152,6 +164,58 @@ def test_binary_segmentor_has_the_threshold_of_its_host(tmp_path):
     check_program(model, model)
 
 
+def test_labels_of_a_segmentor_with_several_heads(tmp_path):
+    """One behind the other, as in OCRNet: the last one decides."""
+    head = dict(in_channels=32, channels=8, in_index=0, num_classes=3)
+    config = write_segmentor(
+        tmp_path, type='CascadeEncoderDecoder', num_stages=2, decode_head=[
+            dict(head, type='FCNHead', num_convs=1),
+            dict(head, type='OCRHead', ocr_channels=8)])
+    write_weights(config)
+    model = load(config, output='labels')
+    image = torch.randn(2, 3, 48, 40)
+    with torch.no_grad():
+        # No class is ahead of the others on all pixels.
+        model.model.decode_head[-1].conv_seg.bias.sub_(
+            model.compute_logits(image).mean((0, 2, 3)))
+        got, = model(image)
+        want = model.model.postprocess_result(model.compute_logits(image))
+    want = torch.stack([sample.pred_sem_seg.data[0] for sample in want])
+    assert len(want.unique()) == 3
+    assert got.equal(want)
+    check_program(model, model)
+
+
+@pytest.mark.parametrize('flag', [None, 'bgr_to_rgb', 'rgb_to_bgr'])
+def test_channel_order_is_what_the_host_makes_of_bgr(flag, tmp_path):
+    """Either flag swaps the channels, whatever they are called."""
+    config = write_segmentor(tmp_path, data_preprocessor=dict(
+        type='SegDataPreProcessor', mean=[0., 0, 0], std=[1., 1, 1],
+        **{flag: True} if flag else {}))
+    model = ExportModel(str(config))
+    from mmseg.structures import SegDataSample
+    bgr = torch.arange(3.).view(3, 1, 1).expand(3, 8, 8)
+    data = model.model.data_preprocessor(
+        dict(inputs=[bgr], data_samples=[SegDataSample()]))
+    order = ''.join('BGR'[int(i)] for i in data['inputs'][0, :, 0, 0])
+    assert model.describe()['channel_order'] == order
+
+
+def test_detector_inside_of_another_model_is_refused(tmp_path):
+    """Which of the two, and where is what normalises its images?"""
+    cfg = Config.fromfile(DETECTOR)
+    cfg.model.backbone.init_cfg = None
+    cfg.model = dict(
+        type='SemiBaseDetector', detector=cfg.model, semi_train_cfg=dict(),
+        data_preprocessor=dict(
+            type='MultiBranchDataPreprocessor',
+            data_preprocessor=cfg.model.data_preprocessor))
+    cfg.dump(tmp_path / 'semi.py')
+    with pytest.raises(ConfigError, match='SemiBaseDetector holds .* config '
+                       'of that model'):
+        ExportModel(str(tmp_path / 'semi.py'), part='backbone')
+
+
 @pytest.mark.parametrize('head', [
     dict(type='MultiLabelLinearClsHead', num_classes=2, in_channels=32),
     dict(type='CSRAClsHead', num_classes=2, in_channels=32, num_heads=1,
@@ -211,7 +275,6 @@ def test_file_that_does_not_load_is_no_traceback(content, config, tmp_path,
                 onnx.helper.make_tensor_value_info('image', 1, [1])], [
                 onnx.helper.make_tensor_value_info('y', 1, [1])])
         content = onnx.helper.make_model(graph).SerializeToString()
-    import mmrpa.export.formats as formats
     monkeypatch.setattr(formats, '_write_onnx',
                         lambda program, model, path, *_: path.write_bytes(
                             content))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from operands import IMPLS, TRITON, make_inputs, make_qkv_inputs, place
 
-from mmrpa.ops import choose_impl, functional, rp_attention, rp_attention_qkv
+from mmrpa.ops import choose_impl, rp_attention, rp_attention_qkv
 
 F16, BF16, F32, F64 = (torch.float16, torch.bfloat16, torch.float32,
                        torch.float64)
@@ -43,26 +43,6 @@ def test_auto_ignores_the_batch_the_tokens_and_the_interpreter():
     tensors = make_inputs(batch=1, n=1, d=16, dtype=torch.float32)
     assert torch.equal(
         rp_attention(**tensors), rp_attention(**tensors, impl='fused'))
-
-
-@pytest.mark.parametrize('case', CHOICES,
-                         ids=lambda case: '-'.join(map(str, case)))
-def test_before_torch_2_4_auto_is_naive(monkeypatch, case):
-    monkeypatch.setattr(functional, 'HAS_CUSTOM_OPS', False)
-    assert choose_impl(*case[:-1]) == 'naive'
-
-
-def test_before_torch_2_4_the_others_are_refused(monkeypatch):
-    monkeypatch.setattr(functional, 'HAS_CUSTOM_OPS', False)
-    monkeypatch.delattr(functional, 'library')
-    monkeypatch.setattr(torch, '__version__', '2.1.0')
-    tensors = make_inputs(d=16, dtype=torch.float32)
-    assert torch.equal(
-        rp_attention(**tensors), rp_attention(**tensors, impl='naive'))
-    for impl in ('fused', 'triton'):
-        with pytest.raises(ValueError, match=f"impl='{impl}' needs torch 2.4 "
-                           "or later, this is 2.1.0; use impl='naive'"):
-            rp_attention(**tensors, impl=impl)
 
 
 REFUSED = {

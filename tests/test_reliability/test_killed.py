@@ -88,7 +88,7 @@ def test_one_kill(folder):
     kill_at(command('mmseg', work_dir, options=options), work_dir, log, 8)
     saved = checkpoint_step(work_dir)
     assert saved in (3, 6)
-    left = work_dir / '.iter_6.pth.tmp'
+    left = work_dir / '.iter_6.pth.0123abcd.tmp'
     left.write_bytes(b'what a kill may leave')
     os.utime(left, (1e9, 1e9))  # a young one may be of another process
     # Ends where the killed run has been.

@@ -83,9 +83,23 @@ def test_resume_beside_load_from(trained, flags, host_script, tmp_path,
         assert told
 
 
+@pytest.mark.parametrize('scope', ['mmdet', 'mmpretrain', 'mmseg'])
+def test_resume_beside_load_from_of_the_command_line(scope, host_script,
+                                                     tmp_path, capsys):
+    """mmdet and mmpretrain forget it; mmseg names by it what to resume."""
+    options = ['--work-dir', str(tmp_path / 'work'), '--cfg-options',
+               'load_from=b.pth']
+    host_script('import sys; print(sys.argv[2:])', load_from='a.pth',
+                flags=['--resume', *options],
+                more=f'default_scope = {scope!r}')
+    printed = capsys.readouterr().out
+    kept = ['--resume'] if scope == 'mmseg' else []
+    assert printed.splitlines()[-1] == str([*kept, *options])
+    assert ("starts from load_from='b.pth'" in printed) == (scope != 'mmseg')
+
+
 @pytest.mark.parametrize('flags', [
-    [], ['--resume', 'a.pth'],
-    ['--resume', '--cfg-options', 'load_from=b.pth'], ['--flag']])
+    [], ['--resume', 'a.pth'], ['--flag']])
 def test_other_flags_are_left_alone(flags, host_script, capsys):
     host_script('import sys; print(sys.argv[2:])', load_from='a.pth',
                 flags=flags)

@@ -5,8 +5,12 @@ import os
 import resource
 import shutil
 import subprocess
+import sys
+import time
+from collections import deque
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
@@ -132,7 +136,7 @@ def test_the_search(work_dir, tmp_path, caplog):
     assert found() == 'iter_16.pth'
     # A full disk or a kill has emptied it.
     shutil.copy(work_dir / 'iter_14.pth', work_dir / 'iter_17.pth')
-    for text in ('', '\x00\x00', 'iter_99.pth'):
+    for text in ('', '\x00\x00', 'iter_99.pth', 'x' * 5000):
         pointer.write_text(text)
         assert found() == 'iter_17.pth'
     pointer.unlink()
@@ -140,6 +144,34 @@ def test_the_search(work_dir, tmp_path, caplog):
     (work_dir / 'best_acc_iter_18.pth').write_bytes(b'no')
     assert found() == 'iter_17.pth'
     assert newest_good_checkpoint(str(tmp_path / 'new')) is None
+
+
+@pytest.mark.parametrize('gone', [18, 16])
+def test_links_to_a_disk_that_is_gone(gone, work_dir):
+    link = work_dir / f'iter_{gone}.pth'
+    link.unlink()
+    link.symlink_to('/no/such/disk/iter.pth')
+    assert newest_good_checkpoint(str(work_dir)) == str(
+        work_dir / f'iter_{34 - gone}.pth')
+    damage(work_dir / f'iter_{34 - gone}.pth', 'cut')
+    assert newest_good_checkpoint(str(work_dir)).endswith('iter_14.pth')
+
+
+@pytest.mark.parametrize('where', ['check_archive', '_candidates'])
+def test_a_disk_that_does_not_answer_stops_all_processes(where, work_dir,
+                                                         monkeypatch):
+    """An older checkpoint is not taken for it: it may answer again."""
+    sent = []
+    monkeypatch.setattr('mmengine.dist.broadcast_object_list', sent.append)
+
+    def fail(path, *args):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(safe_loading, where, fail)
+    with pytest.raises(CheckpointError, match='Input/output error') as caught:
+        newest_good_checkpoint(str(work_dir))
+    assert '--resume FILE' in str(caught.value)
+    assert len(sent) == 1  # the others wait for it
 
 
 @pytest.mark.parametrize('noted', [True, False])
@@ -299,8 +331,9 @@ def test_killed_while_saving(moment, tmp_path, trained, monkeypatch):
     monkeypatch.setattr(safe_checkpoint, 'put_in_place', killed)
     with pytest.raises(Killed):
         build(tmp_path, 'iter', Recorder(), every=4, max_keep=1).train()
-    left = dict(before='.iter_8.pth.tmp', after='iter_8.pth')[moment]
-    assert names(tmp_path) == sorted(['iter_4.pth', left], key=len)
+    assert names(tmp_path) == ['iter_4.pth', 'iter_8.pth'][
+        :dict(before=1, after=2)[moment]]
+    assert not list(tmp_path.glob('.*'))
     assert (tmp_path / 'last_checkpoint').read_text().endswith('iter_4.pth')
     monkeypatch.setattr(safe_checkpoint, 'put_in_place', put_in_place)
     resumed = Recorder()
@@ -309,7 +342,37 @@ def test_killed_while_saving(moment, tmp_path, trained, monkeypatch):
     assert min(resumed.losses) == 5
     for step, loss in resumed.losses.items():
         assert loss == pytest.approx(trained[1].losses[step], abs=1e-6)
-    assert '.iter_8.pth.tmp' not in names(tmp_path)
+
+
+@pytest.mark.parametrize('name', ['iter_8.pth', 'last_checkpoint'])
+def test_two_trainings_in_one_folder(name, tmp_path, trained, monkeypatch):
+    """One writes all its files while the other is about to name one."""
+    put_in_place, second = safe_checkpoint.put_in_place, Recorder()
+
+    def overtaken(aside, path):
+        if path.name == name and not second.losses:
+            build(tmp_path, 'iter', second, every=4).train()
+        put_in_place(aside, path)
+
+    monkeypatch.setattr(safe_checkpoint, 'put_in_place', overtaken)
+    first = Recorder()
+    build(tmp_path, 'iter', first, every=4).train()
+    assert list(first.losses) == list(second.losses) == list(range(1, 21))
+    for step, loss in first.losses.items():
+        assert loss == pytest.approx(trained[1].losses[step], abs=1e-6)
+    assert names(tmp_path) == ['iter_12.pth', 'iter_16.pth', 'iter_20.pth']
+    assert not list(tmp_path.glob('.*'))
+    assert newest_good_checkpoint(str(tmp_path)).endswith('iter_20.pth')
+
+
+def test_temporary_files_are_as_readable_as_others(tmp_path):
+    mask = os.umask(0o027)
+    try:
+        with safe_checkpoint._temporary(tmp_path / 'a.pth') as aside:
+            assert aside.stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(mask)
+    assert not list(tmp_path.iterdir())
 
 
 def test_old_ones_go_after_the_new_one_is_there(tmp_path, monkeypatch):
@@ -385,7 +448,7 @@ def test_one_process_writes_the_pointer(tmp_path, monkeypatch):
         (folder / pointer.name).write_text('iter_1.pth')
         monkeypatch.setattr(safe_checkpoint, 'is_main_process', lambda: False)
         with safe_checkpoint._pointer_aside(pointer) as others:
-            assert others == folder
+            assert not others.exists()
         assert (folder / pointer.name).is_file() and not pointer.exists()
         monkeypatch.undo()
     assert pointer.read_text() == 'iter_1.pth'
@@ -410,6 +473,51 @@ def test_what_it_does_not_guard_is_left_to_mmengine(kind, tmp_path,
     assert len(lines) == 1 and 'may be cut short' in lines[0]
     assert lines[0].startswith('SafeCheckpointHook: ' + dict(
         runner='Runner writes', storage=f'{tmp_path} is no folder')[kind])
+
+
+@pytest.mark.parametrize('value, told', [
+    (deque([1]), True), (dict(a=np.float64(1), b=[None, 'c']), False)])
+def test_what_a_resume_will_refuse_is_told_while_training(
+        value, told, tmp_path, monkeypatch):
+    """Not after the days that are to be gone on from."""
+    lines = []
+    monkeypatch.setattr(safe_checkpoint, 'print_log',
+                        lambda text, **kwargs: lines.append(text))
+
+    class Keeper(Recorder):
+
+        def before_train(self, runner):
+            runner.message_hub.update_info('kept', value)
+
+    build(tmp_path, 'iter', Keeper(), every=10).train()
+    assert names(tmp_path) == ['iter_10.pth', 'iter_20.pth']
+    refused = False
+    try:
+        read_training_checkpoint(tmp_path / 'iter_10.pth')
+    except CheckpointError:
+        refused = True
+    assert refused == told
+    assert len(lines) == told  # once
+    if told:
+        assert f'{tmp_path}/iter_10.pth' in lines[0]
+        assert 'collections.deque' in lines[0]
+
+
+@pytest.mark.parametrize('kind', [None, 'runner', 'storage'])
+def test_names_without_a_number(kind, tmp_path, monkeypatch):
+    """The old file that goes has the name of the new one, which must stay."""
+    if kind:
+        monkeypatch.setattr(
+            safe_checkpoint, 'Runner' if kind == 'runner' else 'LocalBackend',
+            type('Other', (), {}))
+    runner = build(tmp_path, 'iter', Recorder(), every=5, max_keep=1)
+    hook, = (hook for hook in runner.hooks if isinstance(
+        hook, safe_checkpoint.SafeCheckpointHook))
+    hook.filename_tmpl = 'model.pth'
+    runner.train()
+    assert names(tmp_path) == ['model.pth']
+    content = read_training_checkpoint(tmp_path / 'model.pth')
+    assert content['meta']['iter'] == 20
 
 
 @pytest.mark.parametrize('number, fatal', [
@@ -438,19 +546,79 @@ def test_folders_without_fsync(number, fatal, tmp_path, monkeypatch):
     assert synced == ['.a.pth.tmp', tmp_path.name]
 
 
+LEFT = '.{}.0123abcd.tmp'
+
+
 def test_only_old_temporary_files_of_its_own_are_cleared(tmp_path):
     """A young one may be what a second process writes just now."""
-    left = ['.step_5.tmp', '.step_6.pth.tmp', '.best_acc_step_5.tmp',
-            '.other.pth.tmp', 'step_5.tmp', '.step_7.tmp']
-    for name in left:
+    ours = [LEFT.format(name) for name in (
+        'step_5', 'step_6.pth', 'best_acc_step_5', 'last_checkpoint')]
+    others = [LEFT.format('other.pth'), 'step_5.tmp', '.step_5.tmp',
+              '.step_5.012345.tmp', '.step_5.0123abcd.tmp2', 'step_5']
+    for name in (*ours, *others):
         (tmp_path / name).touch()
-        if name != '.step_7.tmp':
-            os.utime(tmp_path / name, (1e9, 1e9))
+        os.utime(tmp_path / name, (1e9, 1e9))
+    young = LEFT.format('step_7')
+    (tmp_path / young).touch()
     safe_checkpoint._clear(tmp_path, 'step_{}')
     assert {path.name for path in tmp_path.iterdir()} == {
-        '.other.pth.tmp', 'step_5.tmp', '.step_7.tmp'}
+        *others, young, LEFT.format('last_checkpoint')}
+    safe_checkpoint._clear(tmp_path, 'last_checkpoint')
     safe_checkpoint._clear(tmp_path, 'other.pth')
-    assert not (tmp_path / '.other.pth.tmp').exists()
+    assert {path.name for path in tmp_path.iterdir()} == {*others[1:], young}
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from mmrpa.hooks.safe_checkpoint import _temporary
+with _temporary(Path(sys.argv[1], 'iter_4.pth')) as aside:
+    Path(sys.argv[1], aside.name).open('wb').write(b'half')  # as mmengine does
+    print(aside.name, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_a_living_process_writes_is_never_cleared(tmp_path):
+    """However long it takes; when the process is killed, it goes."""
+    writer = subprocess.Popen(
+        [sys.executable, '-c', WRITER, str(tmp_path)], cwd=ROOT,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        left = tmp_path / writer.stdout.readline().strip()
+        assert left.read_bytes() == b'half'
+        os.utime(left, (1e9, 1e9))
+        safe_checkpoint._clear(tmp_path, 'iter_{}.pth')
+        assert left.exists()
+    finally:
+        writer.kill()
+        writer.communicate()
+    assert left.exists()  # a kill leaves it
+    assert not has_checkpoints(tmp_path)
+    assert newest_good_checkpoint(str(tmp_path)) is None
+    safe_checkpoint._clear(tmp_path, 'iter_{}.pth')
+    assert not left.exists()
+
+
+@pytest.mark.parametrize('kind', ['file', 'folder'])
+@pytest.mark.parametrize('hours, goes', [(23, False), (25, True)])
+def test_where_nothing_is_locked_a_day_must_pass(kind, hours, goes, tmp_path,
+                                                 monkeypatch):
+    """Folders, and file systems without locks."""
+    def refuse(*args):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    left = tmp_path / LEFT.format('last_checkpoint')
+    if kind == 'file':
+        monkeypatch.setattr(safe_checkpoint.fcntl, 'flock', refuse)
+        left.touch()
+    else:
+        left.mkdir()
+        (left / 'last_checkpoint').touch()
+    then = time.time() - hours * 3600
+    os.utime(left, (then, then))
+    safe_checkpoint._clear(tmp_path, 'last_checkpoint')
+    assert left.exists() != goes
 
 
 def test_the_hooks_are_on_in_our_configs():

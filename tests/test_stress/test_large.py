@@ -24,12 +24,13 @@ from strained import (
     compare_layer,
     layer_and_tokens,
     operands,
+    run,
     run_layer,
 )
 from stress import BOUNDS, ROUNDING, largest_change, nudge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mmrpa.ops import gather, interact, rp_attention
+from mmrpa.ops import distribute, gather, interact, rp_attention
 
 long = pytest.mark.long
 SCALE = DIMS**-0.5
@@ -49,6 +50,12 @@ def all_logits(qkv, anchors, weight):
         route=(k @ anchors.mT)[0],
         interact=(SCALE * (z @ weight[0]) @ (z @ weight[1]).mT)[0],
         distribute=(SCALE * q @ k_rep.mT)[0])
+
+
+def logits_of(tensors):
+    """``all_logits`` of the operator's arguments, in float64."""
+    return all_logits(*(tensors[name].double() for name in (
+        'qkv', 'anchors', 'interact_weight')))
 
 
 def ties(qkv, anchors, weight, by):
@@ -139,19 +146,74 @@ def test_layer_where_winners_are_clear(dtype, mode, hw_shape):
     *(pytest.param(dtype, *TRITON.values, (5, 7), marks=[*TRITON.marks, *more])
       for dtype, more in zip(DTYPES, ([long], []), strict=True))])
 def test_operator_with_logits_near_one(dtype, impl, hw_shape):
-    """No softmax is one-hot: all gradients are there to be compared.
+    """No softmax is one-hot or uniform: all gradients can be compared.
 
     Each with itself alone, as the anchors', a sum over all tokens, is by far
     the largest. Some of the others are below float16's smallest number.
     """
     tensors, grad = operands('large', hw_shape)
     tensors['anchors'] *= 2**-13
-    tensors['interact_weight'][:2] *= 2**-13
+    weight = tensors['interact_weight']
+    # Means of more tokens are smaller, so the factor depends on the map.
+    weight[:2] *= logits_of(tensors)['interact'].abs().max()**-0.5
     tensors = {name: t.to(dtype) for name, t in tensors.items()}
+    for name, logits in logits_of(tensors).items():
+        size = logits.abs().max() * (2**-26 if name == 'distribute' else 1)
+        assert 0.1 < size < 10, name
     exact = compare(tensors, grad.to(dtype), dtype, [impl], hw_shape,
                     floor=0, scale=SCALE * 2**-26)
     assert exact['out'].abs().max() > 5e3
     assert all(t.abs().max() > 0 for t in exact.values())
+
+
+def grad_of_queries(tensors, grad, v_rep_of):
+    """Q's gradient in float64, (1, h, N, d), through V_rep = v_rep_of(Z)."""
+    q, k, v = (heads_first(x).double()
+               for x in tensors['qkv'].chunk(3, dim=-1))
+    k_rep, z = gather(k, v, tensors['anchors'].double())
+    q.requires_grad_()
+    out = distribute(q, k_rep, v_rep_of(z), SCALE * 2**-26)
+    return torch.autograd.grad(out, q, heads_first(grad).double())[0]
+
+
+@pytest.mark.parametrize('hw_shape', MAPS)
+@pytest.mark.parametrize('impl', ['naive', 'fused'])
+def test_representatives_that_float32_cannot_tell_apart(impl, hw_shape):
+    """Interact with logits near 0 gives every representative the same mean.
+
+    With 66 800 tokens V_rep's rows differ by 5e-6 of themselves, which is
+    less than a hundred roundings of float32, and Q's gradient comes of that
+    difference alone. So float64 computes another one if nothing but V_rep is
+    rounded, once, to float32; ours is off by no more than a few such
+    roundings.
+    """
+    tensors, grad = operands('large', hw_shape)
+    tensors['anchors'] *= 2**-13
+    weight = tensors['interact_weight']
+    weight[:2] *= 2**-13
+    scale = SCALE * 2**-26
+    # Relative to the largest gradient nothing is wrong.
+    compare(tensors, grad, torch.float32, [impl], hw_shape, scale=scale)
+
+    def in_float64(z):
+        return interact(z, weight.double())
+
+    exact = grad_of_queries(tensors, grad, in_float64)
+    rounded = grad_of_queries(
+        tensors, grad, lambda z: in_float64(z).float().double())
+    change = (rounded - exact).norm()
+    if hw_shape == FULL:
+        assert change > 4e-3 * exact.norm()
+    actual = heads_first(run(tensors, grad, impl, hw_shape, scale=scale)['q'])
+    assert (actual - exact).norm() <= 8 * change
+
+    # Rounding their differences changes nothing: they are what gets lost.
+    def differences(z):
+        v_rep = in_float64(z)
+        return (v_rep - v_rep.mean(2, keepdim=True)).float().double()
+
+    assert (grad_of_queries(tensors, grad, differences) - exact
+            ).norm() < 1e-6 * exact.norm()
 
 
 @pytest.mark.parametrize('hw_shape', MAPS)

@@ -63,6 +63,14 @@ def test_what_fills_with_the_mean_follows():
                                       prob=0.5)
 
 
+def test_variables_of_the_config_are_no_normalisation():
+    names = dict(mean=BGR, std=STD[::-1], to_rgb=False)
+    cfg = dict(names, data_preprocessor=dict(names))
+    use_imagenet_rgb(cfg, Report())
+    assert cfg['data_preprocessor'] == dict(mean=MEAN, std=STD, to_rgb=True)
+    assert {name: cfg[name] for name in names} == names
+
+
 @pytest.mark.parametrize('cfg, name, batch', [
     (dict(auto_scale_lr=dict(base_batch_size=64)), 'a_8xb2_b.py', 64),
     (dict(), 'configs/fcn_r50-d8_4xb2-40k_cityscapes.py', 8),

@@ -1,6 +1,7 @@
 """What tools/export_onnx.py refuses, and that it does so at once."""
 
 import pytest
+import torch
 from export_models import write_classifier, write_segmentor, write_weights
 from helpers import TOOLS, load_tool
 
@@ -80,6 +81,14 @@ def test_missing_packages_are_named(tool, capsys, monkeypatch):
     monkeypatch.setattr(formats, '_ONNX_PACKAGES', ('onnx', 'onnx_of_nobody'))
     assert tool.main(['classifier.py', 'weights.pth']) == 1
     assert 'pip install onnx_of_nobody' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('kind', ['onnx', 'torch-export'])
+def test_older_torch_is_named(kind, tool, capsys, monkeypatch):
+    monkeypatch.setattr(torch, '__version__', '2.6.0+cpu')
+    assert tool.main(['classifier.py', 'weights.pth', '--format', kind]) == 1
+    assert ('needs torch 2.7 or later, this is 2.6.0+cpu: pip install '
+            "--upgrade 'torch>=2.7'") in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('text', ['64x64', 'axbxc', '1x64x64x3'])

@@ -1,6 +1,7 @@
 """The environment of the original packages, and what runs in it."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -129,6 +130,16 @@ def test_what_is_left_out_exists(tool):
         if '[' in test:
             case = test.partition('[')[2].rstrip(']')
             assert (TOOLS.parent / 'configs' / case).is_file()
+
+
+def test_what_is_left_out_imports_no_host(tool):
+    hosts = 'mmengine|mmcv|mmdet|mmseg|mmpretrain'
+    host = re.compile(rf'^\s*(?:from|import) (?:{hosts})\b', re.M)
+    files = [file for path in tool.LEFT_OUT for file in (
+        [TESTS / path] if path.endswith('.py') else (TESTS / path).glob('*.py')
+    )]
+    assert len(files) > len(tool.LEFT_OUT)
+    assert [file for file in files if host.search(file.read_text())] == []
 
 
 DOCS = str(TESTS / 'test_docs.py')

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from source_models import DIMS, SOURCES, images, source_of
+from source_models import DIMS, PVT_DIMS, SOURCES, images, source_of
 from torch import nn
 
 from mmrpa.backbones import RPPVT, RPSwin
@@ -46,10 +46,22 @@ def test_the_twin_computes_what_the_source_computes(name):
         assert_same(ours, theirs)
 
 
-def test_a_layer_without_a_bias_has_a_bias_of_zero():
-    source = source_of('official_pvt')
+# Biases that options of the source's own code leave out everywhere:
+# qkv_bias=False, with which nn.MultiheadAttention has none at all; mmseg's
+# patch_bias=False.
+@pytest.mark.parametrize('name, without, count', [
+    ('official_pvt', r'attn\.(q|kv)\.bias', 12),
+    ('timm_swin', r'attn\.qkv\.bias', 7),
+    ('mmdet_swin', r'attn\.w_msa\.qkv\.bias', 7),
+    ('official_cswin', r'\.qkv\.bias', 6),
+    ('mmpretrain_deit', r'attn\.qkv\.bias', 3),
+    ('mmdet_pvt', r'attn\.(in_proj_bias|out_proj\.bias)', 18),
+    ('mmseg_deit', r'patch_embed\.projection\.bias', 1)])
+def test_a_layer_without_a_bias_has_a_bias_of_zero(name, without, count):
+    source = source_of(name)
     bare = {k: v for k, v in source.state_dict.items()
-            if not re.search(r'attn\.(q|kv)\.bias', k)}
+            if not re.search(without, k)}
+    assert len(bare) < len(source.state_dict)
     zeros = {k: v if k in bare else torch.zeros_like(v)
              for k, v in source.state_dict.items()}
     twin = source.twin()
@@ -57,9 +69,85 @@ def test_a_layer_without_a_bias_has_a_bias_of_zero():
     expected, _ = convert(zeros, twin)
     assert report.carried_fraction == 1
     assert set(report.new.values()) == {'zeros, the source has no such bias'}
-    assert len(report.new) == 2 * sum(twin.arch['depths'])
+    assert len(report.new) == count
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[k], expected[k]) for k in state)
+
+
+@pytest.mark.parametrize('name, lost, ours', [
+    ('timm_swin', r'layers\.0\.blocks\.0\.attn\.qkv\.bias',
+     ['stages.0.blocks.0.attn.qkv.bias']),
+    ('official_swin', r'layers\.0\.downsample\.norm\.bias',
+     ['stages.1.downsample.norm.bias']),
+    ('mmdet_swin', r'stages\.2\.blocks\.1\.attn\.w_msa\.proj\.bias',
+     ['stages.2.blocks.1.attn.proj.bias']),
+    ('official_pvt', r'block1\.0\.attn\.q\.bias',
+     ['stages.0.blocks.0.attn.q.bias']),
+    ('official_pvt', r'.*\.attn\.kv\.bias',
+     [f'stages.{i}.blocks.{j}.attn.kv.bias'
+      for i, depth in enumerate(PVT_DIMS['depths']) for j in range(depth)]),
+    ('official_pvt', r'block1\.0\.attn\.sr\.bias',
+     ['stages.0.blocks.0.attn.sr.bias']),
+    ('mmdet_pvt', r'.*\.out_proj\.bias',
+     [f'stages.{i}.blocks.{j}.attn.proj.bias'
+      for i, depth in enumerate(PVT_DIMS['depths']) for j in range(depth)]),
+    ('official_cswin', r'stage1\.0\.attns\.0\.get_v\.bias',
+     ['stages.0.blocks.0.attn.lepe.0.bias']),
+    ('official_cswin', r'stage2\.0\.norm1\.bias',
+     ['stages.1.blocks.0.norm1.bias']),
+    ('official_cswin', r'norm\.bias', ['norm3.norm.bias']),
+    ('timm_deit_plain', r'patch_embed\.proj\.bias',
+     ['stem.patch_embed.projection.bias']),
+    ('mmpretrain_deit', r'layers\.1\.ffn\.layers\.1\.bias',
+     ['stages.1.blocks.0.ffn.3.bias']),
+])
+def test_a_lost_bias_is_missing(name, lost, ours):
+    source = source_of(name)
+    left = {k: v for k, v in source.state_dict.items()
+            if not re.fullmatch(lost, k)}
+    assert len(left) == len(source.state_dict) - len(ours)
+    twin = source.twin(norm_cfg=dict(type='LN'))
+    whole, before = convert(source.state_dict, twin)
+    state, report = convert(left, twin, min_carried=0)
+    assert report.missing == {k: whole[k].numel() for k in ours}
+    assert report.new == before.new
+    assert state.keys() == whole.keys() - set(ours)
+    assert report.carried_fraction == 1 - len(ours) / len(whole)
+    problem, = report.problems()
+    assert problem.startswith(
+        f'{len(ours)} not in the file: {", ".join(ours[:3])}')
+
+
+@pytest.mark.parametrize('name', SOURCES)
+def test_a_file_that_lost_its_biases_is_refused(name):
+    source = source_of(name)
+    left = {k: v for k, v in source.state_dict.items()
+            if not k.endswith(('.bias', '_bias'))}
+    with pytest.raises(ConversionError, match=r'not in the file: .*bias'):
+        convert(left, source.twin())
+
+
+def test_a_lost_bias_of_half_a_projection():
+    """PVT's q without a bias, for one q, k, v projection."""
+    source = source_of('official_pvt')
+    left = {k: v for k, v in source.state_dict.items()
+            if k != 'block1.0.attn.q.bias'}
+    _, report = convert(left, source.twin(attention='rp'), min_carried=0)
+    assert list(report.missing) == ['stages.0.blocks.0.attn.qkv.bias']
+    assert list(report.unexpected) == ['block1.0.attn.kv.bias']
+
+
+@pytest.mark.parametrize('lost', [
+    'norm1.norm.bias', 'stages.1.blocks.0.attn.dwc.bias',
+    'stages.0.blocks.0.attn.qkv.bias'])
+def test_a_lost_bias_of_an_own_checkpoint(lost):
+    backbone = RPSwin(arch=DIMS, num_representatives=3, norm_cfg=dict(
+        type='LN'))
+    state = backbone.state_dict()
+    numel = state.pop(lost).numel()
+    _, report = convert(state, backbone, min_carried=0)
+    assert report.missing == {lost: numel}
+    assert not report.new
 
 
 @pytest.mark.parametrize(

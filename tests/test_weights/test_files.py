@@ -276,14 +276,3 @@ def test_an_address_is_fetched(tmp_path):
         server.shutdown()
     with pytest.raises(CheckpointError, match="'nowhere':// addresses"):
         read_checkpoint('nowhere://a.pth')
-
-
-def test_older_torch_is_named(tmp_path, monkeypatch):
-    """Without stand-ins nothing is loaded in another way."""
-    from mmrpa.weights import files
-    monkeypatch.setattr(files, 'torch_version', lambda: (2, 3))
-    path = save(tmp_path / 'a.pth',
-                dict(state_dict=STATE, args=argparse.Namespace(a=1)))
-    with pytest.raises(CheckpointError, match='torch 2.6 or later'):
-        read_checkpoint(path)
-    same(read_checkpoint(save(path, STATE)).state_dict)

@@ -9,11 +9,12 @@ import re
 import shlex
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import torch
+
+from mmrpa.whole_files import whole_file
 
 
 def machine_facts(device: str) -> Dict[str, Any]:
@@ -70,15 +71,8 @@ def write_report(report: Dict[str, Any], out: Optional[Path]) -> None:
     if out is None:
         sys.stdout.write(text)
         return
-    handle, fresh = tempfile.mkstemp(prefix=f'.{out.name}.', dir=out.parent)
-    try:
-        with os.fdopen(handle, 'w') as file:
-            file.write(text)
-        os.chmod(fresh, 0o644)  # mkstemp's is for the user alone
-        os.replace(fresh, out)
-    except BaseException:
-        os.unlink(fresh)
-        raise
+    with whole_file(out) as fresh:
+        fresh.write_text(text)
 
 
 def run_tool(name: str, body: Callable[[Sequence[str]], Optional[int]],

@@ -2,12 +2,13 @@
 
 import argparse
 import json
-import os
 import platform
 from collections.abc import Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+from mmrpa.whole_files import whole_file
 
 # Backbones by the type that a config names.
 FAMILIES = {
@@ -73,6 +74,5 @@ def summarise(swaps: Iterable[Record], steps: Mapping[str, Record],
 
 def write_summary(path: Path, summary: Record) -> None:
     """Write the file at once."""
-    draft = path.with_name(f'.{path.name}.part')
-    draft.write_text(json.dumps(summary, indent=1) + '\n')
-    os.replace(draft, path)
+    with whole_file(path) as draft:
+        draft.write_text(json.dumps(summary, indent=1) + '\n')
