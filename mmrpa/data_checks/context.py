@@ -8,8 +8,15 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from .findings import Findings
-from .images import ImageFacts, read_all, read_image, spread
-from .loaders import image_decoder
+from .ignored import Consumer
+from .images import (
+    ImageFacts,
+    read_all,
+    read_image,
+    spread,
+    stops_loader,
+)
+from .loaders import ignores_empty, image_decoder
 
 _SECONDS = 5  # between two lines of progress
 
@@ -59,9 +66,14 @@ class Context:
         options (Options): How much to read.
         steps (list[Mapping]): The transforms of its pipeline, those within
             others included.
-        ignored_by_heads (frozenset[int]): ignore_index of the heads of a
-            segmentor; empty if there are none.
+        consumers (tuple[Consumer]): What is given the labels of the maps in
+            the splits that use the dataset; empty if that is not known.
+        ignorable (frozenset[int]): Labels that may be ignored in that case.
+        splits (tuple[str]): Those that use the dataset: 'train' and so on.
+        metrics (tuple[Mapping]): The evaluators of these splits.
         unread (list[str]): Files that there was too little memory for.
+        skipped (list[tuple[str, str]]): (kind, path and error) of images that
+            the pipeline replaces by others, as it cannot read them.
     """
 
     where: str
@@ -69,8 +81,12 @@ class Context:
     findings: Findings
     options: Options
     steps: list[Mapping] = field(default_factory=list)
-    ignored_by_heads: frozenset[int] = frozenset()
+    consumers: tuple[Consumer, ...] = ()
+    ignorable: frozenset[int] = frozenset()
+    splits: tuple[str, ...] = ()
+    metrics: tuple[Mapping, ...] = ()
     unread: list[str] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
 
     def add(self, code: str, example: str, count: int = 1) -> None:
         """Report a problem, or several like the example."""
@@ -120,10 +136,60 @@ class Context:
             self.note('unchecked', f'{len(self.unread)} files were not read '
                       f'for lack of memory, such as {self.unread[0]!r}')
             self.unread.clear()
+        if self.skipped and len(self.skipped) == len(chosen):
+            for code, example in self.skipped:
+                self.add(code, example)
+        elif self.skipped:
+            self.note('skipped-file', f'{len(self.skipped)} images cannot be '
+                      f'read, such as {self.skipped[0][1]}; ignore_empty=True '
+                      'takes others for them')
+        self.skipped.clear()
+
+    @property
+    def is_subset(self) -> bool:
+        """Whether the dataset's argument ``indices`` chooses some images."""
+        return getattr(self.dataset, '_indices', None) is not None
+
+    def subset(self, items: list[Any]) -> list[Any]:
+        """What ``indices`` leaves of items in the order of the dataset."""
+        if not self.is_subset or not items:
+            return items
+        indices = self.dataset._indices
+        if isinstance(indices, int):
+            indices = range(len(items))[
+                slice(indices) if indices >= 0 else slice(indices, None)]
+        known = range(-len(items), len(items))
+        wrong = [i for i in indices if i not in known]
+        if wrong:
+            self.add('dataset-arguments', f'{self.where}: indices has '
+                     f'{wrong[0]}, there are {len(items)} images', len(wrong))
+        elif not indices:
+            self.add('no-images', f'{self.where}: indices='
+                     f'{self.dataset._indices} leaves no image')
+        return [items[i] for i in indices if i in known]
 
     def report_folder(self, error: OSError) -> None:
         """Report a folder that cannot be listed; for os.walk's onerror."""
         self.add('unreadable-file', f'{error.filename}: {error.strerror}')
+
+    def report_image(self, path: str, facts: ImageFacts,
+                     name: str = '') -> bool:
+        """Report an image that cannot be read; returns whether it can.
+
+        mmcv's loader passes over what stops it with ignore_empty=True, and
+        mmengine takes another image; not in a test, and in a validation the
+        metric would be of other images.
+        """
+        if (facts.code not in ('', 'no-memory') and self.splits == ('train', )
+                and not getattr(self.dataset, 'test_mode', False)
+                and ignores_empty(self.steps)):
+            decoder = image_decoder(self.steps)
+            if decoder is not None and stops_loader(path, decoder):
+                code = ('missing-image' if facts.code == 'missing'
+                        else facts.code)
+                self.skipped.append((code, f'{name or path}: {facts.error}'))
+                return False
+        return self.report_file(name or path, facts)
 
     def report_file(self, path: str, facts: ImageFacts,
                     missing: str = 'missing-image') -> bool:

@@ -34,7 +34,8 @@ PROBLEMS = {
         'categories of the file and classes of the config differ',
         'give metainfo=dict(classes=...) the names in the file'),
     'num-classes': Kind(
-        'a head has another number of classes than the dataset',
+        'a head has another number of classes than the dataset (a panoptic '
+        'one: than its things)',
         'set num_classes of the head, or metainfo.classes'),
     'class-names': Kind(
         'the class names cannot be used',
@@ -127,6 +128,10 @@ PROBLEMS = {
     'mask-missing': Kind(
         'an annotation without a segmentation, though the pipeline loads '
         'masks', 'add it, or train without masks'),
+    'mask-ignored': Kind(
+        'a run-length mask of an object, and LoadAnnotations has '
+        'poly2mask=False: mmdet ignores the object without a word',
+        'set poly2mask=True, or write the mask as polygons'),
     # of label maps
     'missing-label-map': Kind(
         'an image without its label map',
@@ -141,10 +146,10 @@ PROBLEMS = {
         'a label map as a JPEG, which blurs the numbers',
         'write it as PNG from its source'),
     'label-range': Kind(
-        'a label beyond the classes: an error on a CPU, a device-side assert '
-        'on a GPU, or another class',
-        'correct the labels, or add the classes; 255 is ignored, another '
-        'label if it is ignore_index of all heads'),
+        'a label that is no class and not ignored: an error on a CPU, a '
+        'device-side assert on a GPU, another class, or a wrong metric',
+        'correct the labels, or add the classes; ignored is the ignore_index '
+        'of each head (255 by default), in a validation that of the metric'),
     'label-map-binary': Kind(
         'label maps of black and white, 0 and 255, for two classes: 255 is '
         'ignored, so the second class is never learned',
@@ -180,6 +185,7 @@ NOTES = {
     'batch': 'effective batch',
     'no-annotations': 'images without annotations',
     'crowd-only': 'images with crowd annotations only',
+    'filtered-image': 'images that filter_cfg leaves out',
     'box-tiny': 'boxes of less than a pixel',
     'class-without-samples': 'classes without any sample',
     'skipped-file': 'files that the dataset does not read',

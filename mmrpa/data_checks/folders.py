@@ -37,12 +37,16 @@ def check_folders(context: Context) -> Histogram | None:
                     if dataset.ann_file else f'{dataset.img_prefix}: no file '
                     'ends in ' + ', '.join(sorted(dataset.extensions)))
         return None
+    if context.is_subset:
+        if not dataset.ann_file:  # else they are in the order of the list
+            samples.sort(key=lambda sample: (sample.label, sample.path))
+        samples = context.subset(samples)
     reader = context.image_reader()
     if reader is not None:
         context.is_sampled(len(samples))
         for sample, facts in context.read(
                 samples, lambda sample: sample.path, reader):
-            context.report_file(sample.path, facts)
+            context.report_image(sample.path, facts)
     return _histogram(context, samples, classes)
 
 
@@ -71,7 +75,8 @@ def _check_class_folders(context: Context,
 def _walk_folders(context: Context,
                   folders: Sequence[str]) -> Iterator[_Sample]:
     most = None
-    if context.options.quick and context.options.max_images is not None:
+    if (context.options.quick and context.options.max_images is not None
+            and not context.is_subset):
         most = max(1, context.options.max_images // max(1, len(folders)))
     cut = False
     for label, name in enumerate(folders):

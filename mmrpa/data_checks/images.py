@@ -50,6 +50,10 @@ class ImageFacts(NamedTuple):
     counts: dict[int, int] = {}
 
 
+# What OpenCV reads like Pillow; others of Pillow's formats it may not know.
+_ALIKE = ('JPEG', 'MPO', 'PNG')
+
+
 def read_image(path: str, decoder: Decoder = IMAGES) -> ImageFacts:
     """Decode a file to its end; no pixels are kept."""
     return _read(path, decoder, labels=False)
@@ -62,7 +66,11 @@ def read_labels(path: str, decoder: Decoder = MAPS) -> ImageFacts:
 
 def _read(path: str, decoder: Decoder, labels: bool) -> ImageFacts:
     try:
-        return _read_with_pillow(path, labels)
+        facts = _read_with_pillow(path, decoder, labels)
+        if facts.code or decoder.backend != 'cv2' or (
+                facts.format in _ALIKE and not labels):
+            return facts
+        return _check_with_opencv(path, decoder, labels, facts)
     except UnidentifiedImageError:
         facts = ImageFacts('not-an-image', 'no known image format')
     except Image.DecompressionBombError as error:
@@ -73,7 +81,24 @@ def _read(path: str, decoder: Decoder, labels: bool) -> ImageFacts:
             if decoder.backend == 'cv2' else facts)
 
 
-def _read_with_pillow(path: str, labels: bool) -> ImageFacts:
+def _check_with_opencv(path: str, decoder: Decoder, labels: bool,
+                       known: ImageFacts) -> ImageFacts:
+    """What OpenCV makes of a file that is whole, as Pillow has found.
+
+    Maps with a palette, or with a bit a pixel, are other numbers to it.
+    """
+    facts = _read_with_opencv(path, decoder.flag, labels, ImageFacts(
+        'not-an-image', f'OpenCV does not read this {known.format} file'))
+    if facts.code:
+        return facts
+    mode = known.mode
+    if labels and not facts.counts:
+        mode += ', read by OpenCV as colours'
+    return facts._replace(mode=mode, format=known.format)
+
+
+def _read_with_pillow(path: str, decoder: Decoder,
+                      labels: bool) -> ImageFacts:
     """Raises what Pillow says of files that it does not know or refuses."""
     try:
         with open(path, 'rb') as file:
@@ -88,12 +113,16 @@ def _read_with_pillow(path: str, labels: bool) -> ImageFacts:
                                       image.format or '',
                                       _count(np.asarray(image))
                                       if len(image.getbands()) == 1 else {})
-                turned = _is_turned(image)
+                # mmcv turns no image with 'unchanged', '..._orientation'.
+                turned = (decoder.flag in ('color', 'grayscale')
+                          and _is_turned(image))
                 # An eighth of the resolution takes a fraction of the time;
                 # all of the file is read nevertheless. JPEG only.
                 image.draft(None, (max(1, size[0] // 8),
                                    max(1, size[1] // 8)))
                 image.load()
+                if image.format == 'TIFF':  # load() has turned it
+                    size, turned = image.size, False
                 return ImageFacts('', '', size[::-1] if turned else size,
                                   image.mode, image.format or '')
     except FileNotFoundError:
@@ -132,6 +161,16 @@ def _read_with_opencv(path: str, flag: str, labels: bool,
     pixels = pixels.squeeze()
     return ImageFacts('', '', (width, height), str(pixels.dtype), '',
                       _count(pixels) if labels and pixels.ndim == 2 else {})
+
+
+def stops_loader(path: str, decoder: Decoder) -> bool:
+    """Whether an error stops mmcv's decoding, rather than that gives None."""
+    import mmcv
+    try:
+        mmcv.imread(path, flag=decoder.flag, backend=decoder.backend)
+    except Exception:  # whatever it is, as in mmcv's LoadImageFromFile
+        return True
+    return False
 
 
 def _is_turned(image: Image.Image) -> bool:

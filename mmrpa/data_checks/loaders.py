@@ -35,6 +35,12 @@ def image_decoder(steps: Iterable[Mapping]) -> Decoder | None:
     return _find(steps, 'LoadImageFromFile', IMAGES)
 
 
+def ignores_empty(steps: Iterable[Mapping]) -> bool:
+    """Whether mmcv's LoadImageFromFile passes over what stops it."""
+    return any(step_name(step) == 'LoadImageFromFile'
+               and step.get('ignore_empty') for step in steps)
+
+
 def map_decoder(steps: Iterable[Mapping]) -> Decoder | None:
     """How mmseg's LoadAnnotations decodes, None without such a step."""
     return _find(steps, 'LoadAnnotations', MAPS)

@@ -7,12 +7,14 @@ from typing import NamedTuple
 
 from .context import Context, Histogram
 from .findings import EXAMPLES
+from .ignored import Consumer
 from .images import ImageFacts, read_labels
 from .loaders import map_decoder, step_name
 
-# The value that mmseg ignores, before and after reduction, and what else its
-# loader makes of that by a cast to a byte: all ones, of more bits.
-_IGNORED = frozenset((255, 2**16 - 1, -1))
+# The value that mmseg ignores by default, and what else its loader makes of
+# that by a cast to a byte: all ones, of more bits.
+_IGNORED = 255
+_ALL_ONES = frozenset((_IGNORED, 2**16 - 1, -1))
 _MOST_VALUES = 1000  # wrong ones that are remembered, as floats can be many
 _SURE = 32  # maps that say enough about a whole set
 
@@ -41,7 +43,7 @@ def check_label_maps(context: Context) -> Histogram | None:
         context.add('no-images', f'{dataset.data_prefix.get("img_path")}: no '
                     f'file ends in {dataset.img_suffix!r}')
         return None
-    return _LabelCheck(context, pairs).check()
+    return _LabelCheck(context, context.subset(pairs)).check()
 
 
 def _list_pairs(context: Context) -> list[_Pair]:
@@ -59,7 +61,8 @@ def _list_pairs(context: Context) -> list[_Pair]:
         with open(dataset.ann_file, encoding='utf-8') as file:
             stems = [line.strip() for line in file]
     else:
-        stems = sorted(_find(context, images, dataset.img_suffix))
+        stems = sorted(_find(context, images, dataset.img_suffix),
+                       key=lambda stem: stem + dataset.img_suffix)
         if maps is not None and not context.options.quick:
             _note_lonely(context, maps, stems)
     return [
@@ -96,9 +99,8 @@ def _find(context: Context, folder: str, suffix: str) -> list[str]:
 class _LabelCheck:
     """The checks of one dataset's maps.
 
-    Values are those in the files. With reduce_zero_label, value 0 is ignored
-    and value v is class v - 1; 255 is ignored in any case, and what all heads
-    ignore.
+    Values are those in the files. Labels are what mmseg's loader makes of
+    them: with reduce_zero_label, value 0 is label 255 and value v is v - 1.
     """
 
     def __init__(self, context: Context, pairs: list[_Pair]) -> None:
@@ -106,24 +108,20 @@ class _LabelCheck:
         self.context = context
         self.pairs = pairs
         self.reduced = bool(dataset.reduce_zero_label)
-        label_map = getattr(dataset, 'label_map', None)
+        self.label_map = getattr(dataset, 'label_map', None) or {}
         classes = dataset.metainfo.get('classes') or ()
+        self.num_classes = len(classes)
         # A selection of the type's own classes: the files have them all.
         self.names = list(
-            type(dataset).METAINFO['classes'] if label_map else classes)
+            type(dataset).METAINFO['classes'] if self.label_map else classes)
         self.pixels: Counter = Counter()
         self.images: Counter = Counter()
-        self.ignore_index = getattr(dataset, 'ignore_index', 255)
+        self.ignore_index = getattr(dataset, 'ignore_index', _IGNORED)
         # The loss ignores what its head is told; mmseg has no use for the
-        # dataset's. Both are of the labels after the reduction.
-        heads = context.ignored_by_heads or {self.ignore_index}
-        self.unheard = (self.ignore_index != 255
-                        and heads != {self.ignore_index})
-        self.ignored = set(_IGNORED)
-        if len(heads) == 1 and heads != {255}:
-            self.ignored.add(min(heads) + self.reduced)
-        if self.reduced:
-            self.ignored.add(0)
+        # dataset's.
+        self.unheard = self.ignore_index != _IGNORED and any(
+            consumer.ignored != self.ignore_index
+            for consumer in context.consumers)
         self.num_maps = 0
         self.strange: set[float] = set()  # values that are outside
         self.outside: list[tuple[str, list]] = []  # examples of maps
@@ -143,7 +141,7 @@ class _LabelCheck:
 
         for pair, facts in self.context.read(
                 self.pairs, lambda pair: pair, read):
-            readable = facts.image is not None and self.context.report_file(
+            readable = facts.image is not None and self.context.report_image(
                 pair.image, facts.image)
             if facts.labels is not None and self.context.report_file(
                     pair.labels, facts.labels, 'missing-label-map'):
@@ -191,16 +189,40 @@ class _LabelCheck:
             if len(self.strange) < _MOST_VALUES:
                 self.strange.update(outside)
 
+    def _label(self, value: float) -> int | None:
+        """What the loader makes of a value; None if it cuts it off."""
+        if value in _ALL_ONES:
+            value = _IGNORED
+        # NaN and infinity are no integers.
+        elif not (float(value).is_integer() and 0 <= value < _IGNORED):
+            return None
+        if self.reduced and value != _IGNORED:
+            value = value - 1 if value else _IGNORED
+        label = self.label_map.get(int(value), int(value))
+        return _IGNORED if label == -1 else label  # -1: of older releases
+
+    def _refusing(self, value: float) -> list[Consumer]:
+        """To whom a value is neither a class nor to be ignored."""
+        label = self._label(value)
+        if label is not None and label < self.num_classes:
+            return []
+        return [consumer for consumer in self.context.consumers
+                if label is None or consumer.ignored != label]
+
     def _is_inside(self, value: float) -> bool:
-        first = 1 if self.reduced else 0
-        return value in self.ignored or (
-            float(value).is_integer()  # NaN and infinity are none
-            and (not self.names
-                 or first <= value < first + len(self.names)))
+        if self.context.consumers and self.names:
+            return not self._refusing(value)
+        label = self._label(value)
+        return label is not None and (
+            not self.names or label < self.num_classes
+            or label in (_IGNORED, self.ignore_index)
+            or label in self.context.ignorable)
 
     def _judge_values(self, sampled: bool) -> None:
         number = len(self.names)
-        if not self.reduced and self.strange == {number}:
+        if (not self.reduced and self.strange == {number}
+                and all(consumer.ignored != number
+                        for consumer in self.context.consumers)):
             zero = 'and' if 0 in self.pixels else 'without'
             self.context.add(
                 'reduce-zero-label',
@@ -217,7 +239,8 @@ class _LabelCheck:
                 'label-range', f'{path}: {values}; {number} classes with '
                 f'reduce_zero_label={self.reduced} have the labels '
                 f'{1 if self.reduced else 0} to '
-                f'{number if self.reduced else number - 1}{unheard}',
+                f'{number if self.reduced else number - 1}'
+                + self._explain(values) + unheard,
                 # the first stands for those that are no examples
                 1 if index else 1 + self.num_outside - len(self.outside))
         if self.strange:
@@ -227,10 +250,22 @@ class _LabelCheck:
         if not self.reduced and number == 2:
             self._judge_binary(sampled)
 
+    def _explain(self, values: list[float]) -> str:
+        """What becomes of values, and who does not ignore them."""
+        made = [value for value in values
+                if value != _IGNORED and self._label(value) == _IGNORED]
+        text = f'; {made} become {_IGNORED} when loaded' if made else ''
+        refusing = dict.fromkeys(
+            str(consumer) for value in values
+            for consumer in self._refusing(value))
+        if refusing:
+            text += '; not ignored by ' + ', '.join(refusing)
+        return text
+
     def _judge_binary(self, sampled: bool) -> None:
         """Find masks as painting programs write them, of black and white."""
         values = set(self.pixels)
-        if 0 not in values or not values - {0} or values - {0} - _IGNORED:
+        if 0 not in values or not values - {0} or values - {0} - _ALL_ONES:
             return
         text = (f'{self.num_maps} label maps have the labels '
                 f'{sorted(values)} only, so class {self.names[1]!r} gets no '

@@ -6,6 +6,8 @@ given to it: the runs are read here, after the format of its ``maskApi.c``.
 
 from collections.abc import Sequence
 
+_MOST_BITS = 60  # of a run; without an end, each more costs more time
+
 
 class RLEError(ValueError):
     """An encoding that does not describe a mask."""
@@ -35,6 +37,8 @@ def read_runs(counts: str | bytes) -> list[int]:
         value |= (code & 31) << shift
         shift += 5
         if code & 32:
+            if shift > _MOST_BITS:
+                raise RLEError('a run has too many digits')
             continue
         if code & 16:
             value -= 1 << shift

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from time import monotonic
 from typing import Any
 
@@ -18,16 +19,22 @@ from .coco import check_coco
 from .context import Context, Histogram, Options
 from .findings import PROBLEMS, Findings
 from .folders import check_folders
+from .ignored import Consumer, find_consumers, find_metrics
 from .masks import check_label_maps
 
 # What a dataset raises of arguments that it refuses, or that have a type or
 # lack a key that it did not expect. Another error is a mistake of its code.
 _REFUSALS = (TypeError, ValueError, AssertionError, LookupError,
              AttributeError, OSError)
-_CHECKS: tuple[tuple[str, str, Callable[[Context], Histogram | None]], ...] = (
-    ('mmdet.datasets.coco', 'CocoDataset', check_coco),
-    ('mmseg.datasets.basesegdataset', 'BaseSegDataset', check_label_maps),
-    ('mmpretrain.datasets.custom', 'CustomDataset', check_folders),
+# Module and class, what a type made from it must leave as it is, the check.
+_CHECKS: tuple[tuple[str, str, tuple[str, ...],
+                     Callable[[Context], Histogram | None]], ...] = (
+    ('mmdet.datasets.coco', 'CocoDataset',
+     ('load_data_list', 'parse_data_info'), check_coco),
+    ('mmseg.datasets.basesegdataset', 'BaseSegDataset',
+     ('load_data_list', ), check_label_maps),
+    ('mmpretrain.datasets.custom', 'CustomDataset',
+     ('load_data_list', ), check_folders),
 )
 
 
@@ -103,13 +110,19 @@ def check_data(cfg: Mapping, splits: Sequence[str] = ('train', 'val'),
         ('missing-path', 'annotation-file', 'class-names')
     ]
     scope = cfg.get('default_scope')
-    ignored = frozenset(_ignored_by_heads(cfg.get('model')))
-    for where, dataset in _unique_datasets(cfg, splits):
+    ignorable = frozenset(
+        consumer.ignored for consumer in find_consumers(cfg, 'train')
+        if consumer.ignored is not None)
+    for where, dataset, used_in in _unique_datasets(cfg, splits):
         if any(key == where or key.startswith(f'{where}.')
                for key in hopeless):
             continue
+        metrics = tuple(metric for split in used_in
+                        for _, metric in find_metrics(cfg, split))
+        consumers = [find_consumers(cfg, split) for split in used_in]
         histogram = _check_dataset(where, dataset, scope, findings, options,
-                                   ignored)
+                                   tuple(chain(*consumers)), ignorable,
+                                   tuple(used_in), metrics)
         if histogram is not None:
             report.histograms[where] = histogram
     report.seconds = monotonic() - start
@@ -119,9 +132,9 @@ def check_data(cfg: Mapping, splits: Sequence[str] = ('train', 'val'),
 
 
 def _unique_datasets(cfg: Mapping, splits: Sequence[str]
-                     ) -> Iterator[tuple[str, Mapping]]:
-    """Datasets of the splits; one that two splits share comes once."""
-    seen = set()
+                     ) -> list[tuple[str, Mapping, list[str]]]:
+    """(dotted key, settings, splits that use it) of each dataset, once."""
+    found: dict[str, tuple[str, Mapping, list[str]]] = {}
     for split in splits:
         loader = cfg.get(f'{split}_dataloader')
         if not isinstance(loader, Mapping):
@@ -131,28 +144,21 @@ def _unique_datasets(cfg: Mapping, splits: Sequence[str]
             content = {key: value for key, value in dataset.items()
                        if key != 'pipeline'}
             name = json.dumps(content, default=repr, sort_keys=True)
-            if name not in seen:
-                seen.add(name)
-                yield where, dataset
-
-
-def _ignored_by_heads(model: Any) -> Iterator[int]:
-    """ignore_index of the heads of an mmseg segmentor."""
-    for key in ('decode_head', 'auxiliary_head'):
-        heads = model.get(key) if isinstance(model, Mapping) else None
-        for head in heads if isinstance(heads, (list, tuple)) else [heads]:
-            value = head.get('ignore_index', 255) if isinstance(
-                head, Mapping) else None
-            if type(value) is int:
-                yield value
+            used_in = found.setdefault(name, (where, dataset, []))[2]
+            if split not in used_in:
+                used_in.append(split)
+    return list(found.values())
 
 
 def _check_dataset(where: str, cfg: Mapping, scope: str | None,
                    findings: Findings, options: Options,
-                   ignored: frozenset[int]) -> Histogram | None:
+                   consumers: tuple[Consumer, ...],
+                   ignorable: frozenset[int], splits: tuple[str, ...],
+                   metrics: tuple[Mapping, ...]) -> Histogram | None:
     cls = find_class(cfg.get('type'), scope)
-    check = next((check for module, name, check in _CHECKS
-                  if inherits(cls, module, name, 'load_data_list')), None)
+    check = next((check for module, name, methods, check in _CHECKS
+                  if all(inherits(cls, module, name, method)
+                         for method in methods)), None)
     backends = [backend_of(cfg, path) for path in _paths(cfg)]
     if check is None or any(backends):
         reason = (f'type {cfg.get("type")!r}' if check is None else
@@ -177,7 +183,8 @@ def _check_dataset(where: str, cfg: Mapping, scope: str | None,
                      f'{where}: {type(error).__name__}: {error}')
         return None
     steps = list(_steps(cfg.get('pipeline')))
-    return check(Context(where, dataset, findings, options, steps, ignored))
+    return check(Context(where, dataset, findings, options, steps,
+                         consumers, ignorable, splits, metrics))
 
 
 def _paths(cfg: Mapping) -> Iterator[str]:

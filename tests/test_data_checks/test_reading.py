@@ -81,6 +81,8 @@ def test_runs_are_those_of_pycocotools(seed):
     ('\xe9', "character '\xe9' is not allowed"),
     ('P', 'ends within a number'),
     ('', 'the runs cover 0'),
+    # Were it read to its end, it would take longer than anybody waits.
+    ('o' * 10_000_000, 'a run has too many digits'),
     (None, 'counts is neither'),
     ([1, '2'], 'counts is neither'),
     ([True, 8], 'counts is neither'),
