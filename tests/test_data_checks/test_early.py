@@ -159,9 +159,11 @@ def test_wrong_arguments(arguments, told, make, train, tmp_path):
 
 def test_the_hook_does_not_read_again(make, tmp_path, monkeypatch):
     """It reports what was found, once; the next training reads anew."""
+    from mmengine.registry import MODELS
     from mmengine.runner import Runner
     monkeypatch.setattr('mmengine.runner.runner.collect_env', dict)
 
+    @MODELS.register_module(name='OneNumber', force=True)
     class Tiny(Model):
 
         def forward(self, inputs, data_samples=None, mode='tensor'):
@@ -177,7 +179,7 @@ def test_the_hook_does_not_read_again(make, tmp_path, monkeypatch):
         work_dir=str(tmp_path / 'work'), val_dataloader=None, val_cfg=None,
         val_evaluator=None, train_cfg=None, param_scheduler=None,
         test_dataloader=None, test_cfg=None, test_evaluator=None))
-    cfg.model = dict(type=Tiny)
+    cfg.model = dict(type='OneNumber')
     cfg.train_cfg = dict(by_epoch=False, max_iters=0)
     Runner.from_cfg(cfg).train()
     log = next((tmp_path / 'work').rglob('*.log')).read_text()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from mmengine.config import Config
-from mmengine.registry import HOOKS
+from mmengine.registry import HOOKS, MODELS
 from mmengine.runner import Runner
 from small_training import Model
 
@@ -19,6 +19,8 @@ def train(data, tmp_path, name: str, **arguments) -> list[int]:
     data.save()
     steps = []
 
+    # By name: the original mmengine cannot write a class into a log.
+    @MODELS.register_module(name='CountsSteps', force=True)
     class Tiny(Model):
         """Loads nothing of a host, and counts its steps."""
 
@@ -29,7 +31,7 @@ def train(data, tmp_path, name: str, **arguments) -> list[int]:
     cfg = Config(
         dict(
             default_scope=data.host,
-            model=dict(type=Tiny),
+            model=dict(type='CountsSteps'),
             train_dataloader=data.cfg.train_dataloader,
             train_cfg=dict(by_epoch=False, max_iters=2),
             optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)),
