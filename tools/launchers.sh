@@ -52,7 +52,8 @@ environment:
     local gpus=${*:paths+1:1} nnodes=${NNODES:-1} node_rank=${NODE_RANK:-0}
     check_count GPUS "$gpus"
     check_count NNODES "$nnodes"
-    if [[ ! $node_rank =~ ^[0-9]+$ ]] || (( node_rank >= nnodes )); then
+    # 10#: a number with a 0 in front is not an octal one.
+    if [[ ! $node_rank =~ ^[0-9]+$ ]] || (( 10#$node_rank >= nnodes )); then
         fail "NODE_RANK=$node_rank must be from 0 to NNODES - 1 =" \
             "$(( nnodes - 1 ))"
     fi
@@ -60,6 +61,7 @@ environment:
     if [[ ! $restarts =~ ^[0-9]+$ ]]; then
         fail "MAX_RESTARTS=$restarts must be a whole number from 0"
     fi
+    node_rank=$(( 10#$node_rank )) restarts=$(( 10#$restarts ))
     if (( nnodes == 1 )) && [[ -z ${PORT:-}${MASTER_ADDR:-} ]]; then
         # The launcher picks a free port, so two runs on a machine do not
         # collide. Without --local-addr it needs a host name that resolves.

@@ -165,7 +165,11 @@ STANDALONE = ['--standalone', '--local-addr', '127.0.0.1']
         '--nnodes', '2', '--node-rank', '1', '--master-addr', 'h',
         '--master-port', '5'
     ]),
-], ids=['default', 'one-node', 'port', 'nodes', 'all'])
+    (dict(NNODES='9', NODE_RANK='08'), [
+        '--nnodes', '9', '--node-rank', '8', '--master-addr', '127.0.0.1',
+        '--master-port', '29500'
+    ]),
+], ids=['default', 'one-node', 'port', 'nodes', 'all', 'leading-zero'])
 @pytest.mark.parametrize('kind', ['train', 'test'])
 def test_dist_command(kind, settings, rendezvous, record, run_tool):
     env, recorded = record
@@ -230,6 +234,7 @@ def test_shell_help(tool, run_tool):
     ('dist_train.sh', ['c.py', 'c.pth'], {}),
     ('dist_train.sh', ['c.py', '2'], dict(NNODES='two')),
     ('dist_train.sh', ['c.py', '2'], dict(NNODES='2', NODE_RANK='2')),
+    ('dist_train.sh', ['c.py', '2'], dict(NNODES='8', NODE_RANK='08')),
     ('slurm_train.sh', ['part', 'job', 'c.py'], dict(GPUS='x')),
 ], ids=str)
 def test_shell_wrong_usage(tool, args, settings, record, run_tool):
