@@ -87,7 +87,7 @@ def _is_evaluated(context: Context) -> bool:
         and isinstance(metric.get('ann_file'), str)
         and osp.exists(metric['ann_file'])
         and osp.samefile(metric['ann_file'], context.dataset.ann_file)
-        for metric in context.metrics)
+        for metric in context.usage.metrics)
 
 
 def _is_number(value: object) -> bool:
@@ -125,7 +125,7 @@ class _CocoCheck:
         self.tiny = 0
         self.loads_masks = any(step.get('with_mask')
                                for step in context.steps)
-        self.ignores_rle = 'train' in context.splits and any(
+        self.ignores_rle = 'train' in context.usage.splits and any(
             step.get('with_mask') and not step.get('poly2mask', True)
             for step in context.steps)
         self.histogram = Histogram('boxes')

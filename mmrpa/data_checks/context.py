@@ -55,6 +55,23 @@ class Histogram:
     total: int = 0
 
 
+class Usage(NamedTuple):
+    """What a dataset is used for.
+
+    Attributes:
+        splits (tuple[str]): Those that use it: 'train' and so on.
+        metrics (tuple[Mapping]): The evaluators of these splits.
+        consumers (tuple[Consumer]): What is given the labels of the maps in
+            these splits; empty if that is not known.
+        ignorable (frozenset[int]): Labels that may be ignored in that case.
+    """
+
+    splits: tuple[str, ...] = ()
+    metrics: tuple[Mapping, ...] = ()
+    consumers: tuple[Consumer, ...] = ()
+    ignorable: frozenset[int] = frozenset()
+
+
 @dataclass
 class Context:
     """A dataset under check.
@@ -66,11 +83,7 @@ class Context:
         options (Options): How much to read.
         steps (list[Mapping]): The transforms of its pipeline, those within
             others included.
-        consumers (tuple[Consumer]): What is given the labels of the maps in
-            the splits that use the dataset; empty if that is not known.
-        ignorable (frozenset[int]): Labels that may be ignored in that case.
-        splits (tuple[str]): Those that use the dataset: 'train' and so on.
-        metrics (tuple[Mapping]): The evaluators of these splits.
+        usage (Usage): What the dataset is used for.
         unread (list[str]): Files that there was too little memory for.
         skipped (list[tuple[str, str]]): (kind, path and error) of images that
             the pipeline replaces by others, as it cannot read them.
@@ -81,10 +94,7 @@ class Context:
     findings: Findings
     options: Options
     steps: list[Mapping] = field(default_factory=list)
-    consumers: tuple[Consumer, ...] = ()
-    ignorable: frozenset[int] = frozenset()
-    splits: tuple[str, ...] = ()
-    metrics: tuple[Mapping, ...] = ()
+    usage: Usage = Usage()
     unread: list[str] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
@@ -180,7 +190,8 @@ class Context:
         mmengine takes another image; not in a test, and in a validation the
         metric would be of other images.
         """
-        if (facts.code not in ('', 'no-memory') and self.splits == ('train', )
+        if (facts.code not in ('', 'no-memory')
+                and self.usage.splits == ('train', )
                 and not getattr(self.dataset, 'test_mode', False)
                 and ignores_empty(self.steps)):
             decoder = image_decoder(self.steps)

@@ -121,7 +121,7 @@ class _LabelCheck:
         # dataset's.
         self.unheard = self.ignore_index != _IGNORED and any(
             consumer.ignored != self.ignore_index
-            for consumer in context.consumers)
+            for consumer in context.usage.consumers)
         self.num_maps = 0
         self.strange: set[float] = set()  # values that are outside
         self.outside: list[tuple[str, list]] = []  # examples of maps
@@ -206,23 +206,23 @@ class _LabelCheck:
         label = self._label(value)
         if label is not None and label < self.num_classes:
             return []
-        return [consumer for consumer in self.context.consumers
+        return [consumer for consumer in self.context.usage.consumers
                 if label is None or consumer.ignored != label]
 
     def _is_inside(self, value: float) -> bool:
-        if self.context.consumers and self.names:
+        if self.context.usage.consumers and self.names:
             return not self._refusing(value)
         label = self._label(value)
         return label is not None and (
             not self.names or label < self.num_classes
             or label in (_IGNORED, self.ignore_index)
-            or label in self.context.ignorable)
+            or label in self.context.usage.ignorable)
 
     def _judge_values(self, sampled: bool) -> None:
         number = len(self.names)
         if (not self.reduced and self.strange == {number}
                 and all(consumer.ignored != number
-                        for consumer in self.context.consumers)):
+                        for consumer in self.context.usage.consumers)):
             zero = 'and' if 0 in self.pixels else 'without'
             self.context.add(
                 'reduce-zero-label',

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import chain
 from time import monotonic
 from typing import Any
 
@@ -16,10 +15,10 @@ from ..preflight import (
 )
 from .batch import check_batch
 from .coco import check_coco
-from .context import Context, Histogram, Options
+from .context import Context, Histogram, Options, Usage
 from .findings import PROBLEMS, Findings
 from .folders import check_folders
-from .ignored import Consumer, find_consumers, find_metrics
+from .ignored import find_consumers, find_metrics
 from .masks import check_label_maps
 
 # What a dataset raises of arguments that it refuses, or that have a type or
@@ -117,12 +116,15 @@ def check_data(cfg: Mapping, splits: Sequence[str] = ('train', 'val'),
         if any(key == where or key.startswith(f'{where}.')
                for key in hopeless):
             continue
-        metrics = tuple(metric for split in used_in
-                        for _, metric in find_metrics(cfg, split))
-        consumers = [find_consumers(cfg, split) for split in used_in]
+        usage = Usage(
+            tuple(used_in),
+            tuple(metric for split in used_in
+                  for _, metric in find_metrics(cfg, split)),
+            tuple(consumer for split in used_in
+                  for consumer in find_consumers(cfg, split)),
+            ignorable)
         histogram = _check_dataset(where, dataset, scope, findings, options,
-                                   tuple(chain(*consumers)), ignorable,
-                                   tuple(used_in), metrics)
+                                   usage)
         if histogram is not None:
             report.histograms[where] = histogram
     report.seconds = monotonic() - start
@@ -152,9 +154,7 @@ def _unique_datasets(cfg: Mapping, splits: Sequence[str]
 
 def _check_dataset(where: str, cfg: Mapping, scope: str | None,
                    findings: Findings, options: Options,
-                   consumers: tuple[Consumer, ...],
-                   ignorable: frozenset[int], splits: tuple[str, ...],
-                   metrics: tuple[Mapping, ...]) -> Histogram | None:
+                   usage: Usage) -> Histogram | None:
     cls = find_class(cfg.get('type'), scope)
     check = next((check for module, name, methods, check in _CHECKS
                   if all(inherits(cls, module, name, method)
@@ -183,8 +183,7 @@ def _check_dataset(where: str, cfg: Mapping, scope: str | None,
                      f'{where}: {type(error).__name__}: {error}')
         return None
     steps = list(_steps(cfg.get('pipeline')))
-    return check(Context(where, dataset, findings, options, steps,
-                         consumers, ignorable, splits, metrics))
+    return check(Context(where, dataset, findings, options, steps, usage))
 
 
 def _paths(cfg: Mapping) -> Iterator[str]:
