@@ -119,7 +119,7 @@ def test_nothing_is_left_where_writing_fails(tmp_path, monkeypatch):
     path.write_bytes(b'old')
 
     def fail(file, **kwargs):
-        file.write(b'half')
+        file.write_bytes(b'half')
         raise OSError('disk full')
 
     monkeypatch.setattr(figure, 'savefig', fail)

@@ -23,6 +23,8 @@ import setup_env  # noqa: E402
 import setup_parts  # noqa: E402
 from setup_parts import SetupError  # noqa: E402
 
+import mmrpa  # noqa: E402
+
 FACTS = {'python': 'cp311', 'platform': 'linux_x86_64',
          'torch': '2.11.0+cu130', 'cuda': '13.0'}
 
@@ -187,7 +189,8 @@ def test_pins_and_metadata_agree():
     metadata = configparser.ConfigParser()
     metadata.read(ROOT / 'setup.cfg')
     # Anything more would put a second mmcv over the user's own.
-    assert metadata['options']['install_requires'].split() == ['torch']
+    assert metadata['options']['install_requires'].split() == [
+        f'torch>={".".join(map(str, mmrpa.OLDEST_TORCH))}']
     bounds = metadata['options.extras_require']['onedl'].split()
     assert len(bounds) == 5
     for bound in bounds:
