@@ -43,12 +43,12 @@ DESELECTED = {
     'test_tools/test_test_originals.py::test_pip_that_fails_is_quoted':
     'makes such an environment, from the tested set',
 }
-# Meant for continuous integration: about 5 minutes of one core.
+# Meant for continuous integration: about 4 minutes of one core.
 QUICK = (
     'test_registry.py', 'test_backbones/test_checkpoint.py', 'test_optim',
     'test_hooks', 'test_weights/test_convert.py',
     'test_weights/test_files.py', 'test_weights/test_runner.py',
-    'test_tools/test_dispatch.py', 'test_tools/test_dist_evaluation.py',
+    'test_tools/test_dispatch.py',
     'test_tools/test_dist.py::test_two_processes_train_and_test_a_detector',
     'test_tools/test_dist.py::test_one_process_trains_and_tests_a_segmentor')
 
