@@ -168,7 +168,9 @@ def stops_loader(path: str, decoder: Decoder) -> bool:
     import mmcv
     try:
         mmcv.imread(path, flag=decoder.flag, backend=decoder.backend)
-    except Exception:  # whatever it is, as in mmcv's LoadImageFromFile
+    # mmcv's LoadImageFromFile(ignore_empty=True) passes over any error, so any
+    # is the answer here; the caller reports the file either way.
+    except Exception:
         return True
     return False
 
