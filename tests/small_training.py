@@ -144,3 +144,24 @@ def build(work_dir: Path, by: str, recorder: Recorder, *, workers: int = 0,
         custom_hooks=[recorder, *hooks], resume=resume, load_from=load_from,
         randomness=dict(seed=seed), log_level='WARNING',
         experiment_name=f'training_{next(_NUMBERS)}')
+
+
+def weight_files(folder: Path) -> list[str]:
+    """The files of weights, temporary ones too, in order of their numbers."""
+    return sorted((path.name for path in folder.iterdir()
+                   if '.pth' in path.name),
+                  key=lambda name: (len(name), name))
+
+
+def damage(path: Path, how: str) -> None:
+    """Cut a file short, change it, or write zeros or nothing in its place."""
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.write_bytes({
+        'cut': content[:middle],
+        # So many, because up to 63 between two records mean nothing.
+        'flipped': content[:middle] + bytes(
+            byte ^ 8 for byte in content[middle:middle + 100])
+        + content[middle + 100:],
+        'zeros': bytes(len(content)),
+        'empty': b''}[how])

@@ -28,7 +28,12 @@ class Float32Products(TorchDispatchMode):
 
     From the rounded operands, with a rounded result, as tensor cores do: no
     half precision is left out but that of intermediate sums.
+
+    Attributes:
+        operators (tuple): Which of torch's operators (overload packets).
     """
+
+    operators = PRODUCTS
 
     def __torch_dispatch__(self,
                            func: Any,
@@ -37,7 +42,7 @@ class Float32Products(TorchDispatchMode):
                            kwargs: Optional[Mapping[str, Any]] = None) -> Any:
         """See :class:`torch.utils._python_dispatch.TorchDispatchMode`."""
         kwargs = kwargs or {}
-        if func.overloadpacket not in PRODUCTS:
+        if func.overloadpacket not in self.operators:
             return func(*args, **kwargs)
         return _call(func, *args, **kwargs)
 

@@ -20,12 +20,6 @@ from mmrpa.hooks.exact_resume import (
 )
 
 
-@pytest.fixture(autouse=True)
-def no_compilers(monkeypatch):
-    """A Runner asks compilers for their versions, which takes a second."""
-    monkeypatch.setattr('mmengine.runner.runner.collect_env', dict)
-
-
 @pytest.fixture(scope='module')
 def whole_runs(tmp_path_factory):
     """A function that returns the record of an uninterrupted run."""

@@ -1,12 +1,9 @@
-"""Checkpoints are whole or not there, and a resume takes one that is."""
+"""Checkpoints are written whole, or not at all."""
 
 import errno
 import os
 import resource
-import shutil
 import subprocess
-import sys
-import time
 from collections import deque
 from pathlib import Path
 
@@ -14,220 +11,17 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from small_training import Killed, Recorder, build
+from small_training import Killed, Recorder, build, weight_files
 
-from mmrpa import safe_loading
 from mmrpa.hooks import safe_checkpoint
 from mmrpa.safe_loading import (
     CheckpointSaveError,
-    has_checkpoints,
     newest_good_checkpoint,
     read_training_checkpoint,
 )
 from mmrpa.weights import CheckpointError
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(autouse=True)
-def no_compilers(monkeypatch):
-    """A Runner asks compilers for their versions, which takes a second."""
-    monkeypatch.setattr('mmengine.runner.runner.collect_env', dict)
-
-
-@pytest.fixture(scope='module')
-def trained(tmp_path_factory) -> tuple[Path, Recorder]:
-    """A training with checkpoints at steps 14, 16, 18 and 20; not to touch."""
-    folder, recorder = tmp_path_factory.mktemp('trained'), Recorder()
-    build(folder, 'iter', recorder, every=2, max_keep=4).train()
-    assert names(folder) == [f'iter_{n}.pth' for n in (14, 16, 18, 20)]
-    return folder, recorder
-
-
-@pytest.fixture
-def work_dir(trained, tmp_path) -> Path:
-    """A copy of the training as it was after step 18."""
-    target = tmp_path / 'work'
-    shutil.copytree(trained[0], target)
-    (target / 'iter_20.pth').unlink()
-    (target / 'last_checkpoint').write_text(str(target / 'iter_18.pth'))
-    return target
-
-
-def names(folder: Path) -> list[str]:
-    """The files of weights, temporary ones too, in order of their numbers."""
-    return sorted((path.name for path in folder.iterdir()
-                   if '.pth' in path.name),
-                  key=lambda name: (len(name), name))
-
-
-def damage(path: Path, how: str) -> None:
-    content = path.read_bytes()
-    middle = len(content) // 2
-    path.write_bytes({
-        'cut': content[:middle],
-        # So many, because up to 63 between two records mean nothing.
-        'flipped': content[:middle] + bytes(
-            byte ^ 8 for byte in content[middle:middle + 100])
-        + content[middle + 100:],
-        'zeros': bytes(len(content)),
-        'empty': b''}[how])
-
-
-@pytest.mark.parametrize('how', ['cut', 'flipped', 'zeros', 'empty'])
-def test_damage_is_found(how, work_dir):
-    damage(work_dir / 'iter_18.pth', how)
-    assert newest_good_checkpoint(str(work_dir)).endswith('iter_16.pth')
-
-
-@pytest.mark.parametrize('how', ['cut', 'flipped'])
-def test_a_damaged_checkpoint_is_passed_over(how, work_dir, trained, capfd):
-    damage(work_dir / 'iter_18.pth', how)
-    recorder = Recorder()
-    build(work_dir, 'iter', recorder, every=2, resume=True).train()
-    assert list(recorder.losses) == [17, 18, 19, 20]
-    for step, loss in recorder.losses.items():
-        assert loss == pytest.approx(trained[1].losses[step], abs=1e-6)
-    printed = ''.join(capfd.readouterr())
-    assert f'{work_dir}/iter_18.pth is ' in printed
-    assert 'iter_16.pth is the newest checkpoint before it' in printed
-    read_training_checkpoint(work_dir / 'iter_18.pth')  # written anew
-
-
-def test_without_a_whole_checkpoint_nothing_is_trained(work_dir):
-    for name in names(work_dir):
-        damage(work_dir / name, 'flipped')
-    recorder = Recorder()
-    with pytest.raises(CheckpointError, match='no checkpoint in .* is whole'
-                       ) as caught:
-        build(work_dir, 'iter', recorder, resume=True).train()
-    assert all(f'iter_{n}.pth is damaged' in str(caught.value)
-               for n in (14, 16, 18))
-    assert not recorder.losses
-
-
-@pytest.mark.parametrize('resume', [True, False])
-def test_a_named_file_is_taken_or_refused(resume, work_dir):
-    """Nothing else is taken in its place; load_from is as strict."""
-    recorder = Recorder()
-    damage(work_dir / 'iter_18.pth', 'flipped')
-    with pytest.raises(CheckpointError, match='iter_18.pth is damaged'):
-        build(work_dir, 'iter', recorder, resume=resume,
-              load_from=str(work_dir / 'iter_18.pth')).train()
-    assert not recorder.losses
-
-
-def test_the_search(work_dir, tmp_path, caplog):
-    """What counts is last_checkpoint; others count where it fails."""
-
-    def found() -> str:
-        return Path(newest_good_checkpoint(str(work_dir))).name
-
-    pointer = work_dir / 'last_checkpoint'
-    assert found() == 'iter_18.pth'
-    # Of an earlier, longer training in the same folder.
-    shutil.copy(work_dir / 'iter_14.pth', work_dir / 'iter_900.pth')
-    assert found() == 'iter_18.pth'
-    damage(work_dir / 'iter_18.pth', 'cut')
-    assert found() == 'iter_16.pth'
-    (work_dir / 'iter_900.pth').unlink()
-    # The folder has another name than when it was written.
-    pointer.write_text('/elsewhere/iter_16.pth')
-    assert found() == 'iter_16.pth'
-    # A full disk or a kill has emptied it.
-    shutil.copy(work_dir / 'iter_14.pth', work_dir / 'iter_17.pth')
-    for text in ('', '\x00\x00', 'iter_99.pth', 'x' * 5000):
-        pointer.write_text(text)
-        assert found() == 'iter_17.pth'
-    pointer.unlink()
-    assert found() == 'iter_17.pth'
-    (work_dir / 'best_acc_iter_18.pth').write_bytes(b'no')
-    assert found() == 'iter_17.pth'
-    assert newest_good_checkpoint(str(tmp_path / 'new')) is None
-
-
-@pytest.mark.parametrize('gone', [18, 16])
-def test_links_to_a_disk_that_is_gone(gone, work_dir):
-    link = work_dir / f'iter_{gone}.pth'
-    link.unlink()
-    link.symlink_to('/no/such/disk/iter.pth')
-    assert newest_good_checkpoint(str(work_dir)) == str(
-        work_dir / f'iter_{34 - gone}.pth')
-    damage(work_dir / f'iter_{34 - gone}.pth', 'cut')
-    assert newest_good_checkpoint(str(work_dir)).endswith('iter_14.pth')
-
-
-@pytest.mark.parametrize('where', ['check_archive', '_candidates'])
-def test_a_disk_that_does_not_answer_stops_all_processes(where, work_dir,
-                                                         monkeypatch):
-    """An older checkpoint is not taken for it: it may answer again."""
-    sent = []
-    monkeypatch.setattr('mmengine.dist.broadcast_object_list', sent.append)
-
-    def fail(path, *args):
-        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
-
-    monkeypatch.setattr(safe_loading, where, fail)
-    with pytest.raises(CheckpointError, match='Input/output error') as caught:
-        newest_good_checkpoint(str(work_dir))
-    assert '--resume FILE' in str(caught.value)
-    assert len(sent) == 1  # the others wait for it
-
-
-@pytest.mark.parametrize('noted', [True, False])
-@pytest.mark.parametrize('pointer', ['iter_600.pth', ''])
-def test_an_earlier_training_is_not_gone_on_from(noted, pointer, tmp_path,
-                                                 monkeypatch):
-    """Its files lie between those of the newer one."""
-    warnings = []
-    monkeypatch.setattr(safe_loading, '_warn', warnings.append)
-    files = [(250, 1), (500, 2), (750, 3), (300, 11), (600, 12)]
-    for step, minute in files:
-        path = tmp_path / f'iter_{step}.pth'
-        torch.save(dict(meta=dict(time=f'20260102_03{minute:02d}00')
-                        if noted else {}), path)
-        # What notes no time is judged by its file; a copy has any order.
-        second = 10 ** 9 + 60 * minute
-        os.utime(path, (second, second))
-        if noted and pointer:
-            os.utime(path, (10 ** 9 - step, 10 ** 9 - step))
-    (tmp_path / 'last_checkpoint').write_text(pointer)
-    damage(tmp_path / 'iter_600.pth', 'cut')
-    os.utime(tmp_path / 'iter_600.pth')
-    assert newest_good_checkpoint(str(tmp_path)) == str(
-        tmp_path / 'iter_300.pth')
-    told, = (text for text in warnings if text.startswith('passed over'))
-    assert 'iter_500.pth' in told and 'iter_300' not in told
-    if pointer:
-        damage(tmp_path / 'iter_300.pth', 'cut')
-        assert newest_good_checkpoint(str(tmp_path)).endswith('iter_250.pth')
-
-
-def test_a_copied_folder_goes_on_from_its_own_files(work_dir, tmp_path):
-    copy = tmp_path / 'copy'
-    shutil.copytree(work_dir, copy)
-    assert (copy / 'last_checkpoint').read_text().startswith(str(work_dir))
-    assert newest_good_checkpoint(str(copy)) == str(copy / 'iter_18.pth')
-    # Where out_dir is not work_dir, only the other one has it.
-    (copy / 'iter_18.pth').unlink()
-    assert newest_good_checkpoint(str(copy)) == str(work_dir / 'iter_18.pth')
-
-
-@pytest.mark.parametrize('pointer', ['', 'step_9.pth', None])
-def test_names_that_tell_nothing_stop_the_training(pointer, tmp_path):
-    """Else it would begin anew and write over them."""
-    for step in (5, 10):
-        torch.save({}, tmp_path / f'step_{step}.pth')
-    if pointer is not None:
-        (tmp_path / 'last_checkpoint').write_text(pointer)
-    with pytest.raises(CheckpointError) as caught:
-        newest_good_checkpoint(str(tmp_path))
-    assert f'{tmp_path}/step_10.pth, {tmp_path}/step_5.pth' in str(
-        caught.value)
-    assert '--resume FILE' in str(caught.value)
-    assert has_checkpoints(tmp_path)  # load_from is not taken, either
-    (tmp_path / 'last_checkpoint').write_text('step_5.pth')
-    assert newest_good_checkpoint(str(tmp_path)).endswith('step_5.pth')
 
 
 @pytest.fixture
@@ -283,7 +77,7 @@ def test_a_full_disk(full_after, trained):
     assert f'The last good checkpoint is {work_dir}/iter_4.pth' in text
     assert 'step 8' in text and '\n' not in text
     assert max(recorder.losses) == 7  # the hook comes before the record
-    assert names(work_dir) == ['iter_4.pth']
+    assert weight_files(work_dir) == ['iter_4.pth']
     assert read_training_checkpoint(work_dir / 'iter_4.pth')['meta']['iter'
                                                                      ] == 4
     free()
@@ -331,7 +125,7 @@ def test_killed_while_saving(moment, tmp_path, trained, monkeypatch):
     monkeypatch.setattr(safe_checkpoint, 'put_in_place', killed)
     with pytest.raises(Killed):
         build(tmp_path, 'iter', Recorder(), every=4, max_keep=1).train()
-    assert names(tmp_path) == ['iter_4.pth', 'iter_8.pth'][
+    assert weight_files(tmp_path) == ['iter_4.pth', 'iter_8.pth'][
         :dict(before=1, after=2)[moment]]
     assert not list(tmp_path.glob('.*'))
     assert (tmp_path / 'last_checkpoint').read_text().endswith('iter_4.pth')
@@ -360,7 +154,8 @@ def test_two_trainings_in_one_folder(name, tmp_path, trained, monkeypatch):
     assert list(first.losses) == list(second.losses) == list(range(1, 21))
     for step, loss in first.losses.items():
         assert loss == pytest.approx(trained[1].losses[step], abs=1e-6)
-    assert names(tmp_path) == ['iter_12.pth', 'iter_16.pth', 'iter_20.pth']
+    assert weight_files(tmp_path) == [
+        f'iter_{n}.pth' for n in (12, 16, 20)]
     assert not list(tmp_path.glob('.*'))
     assert newest_good_checkpoint(str(tmp_path)).endswith('iter_20.pth')
 
@@ -381,7 +176,7 @@ def test_old_ones_go_after_the_new_one_is_there(tmp_path, monkeypatch):
     def watch(aside, path):
         if path.name != 'last_checkpoint':
             seen.append((path.name,
-                         [n for n in names(tmp_path) if n[0] != '.']))
+                         [n for n in weight_files(tmp_path) if n[0] != '.']))
         put_in_place(aside, path)
 
     monkeypatch.setattr(safe_checkpoint, 'put_in_place', watch)
@@ -412,7 +207,7 @@ def test_old_ones_go_after_the_new_one_is_there(tmp_path, monkeypatch):
                          'best_acc_iter_12.pth']),
         ('iter_16.pth', ['iter_12.pth', 'best_acc_iter_12.pth']),
         ('iter_20.pth', ['iter_16.pth', 'best_acc_iter_12.pth'])]
-    assert names(tmp_path) == ['iter_20.pth', 'best_acc_iter_12.pth']
+    assert weight_files(tmp_path) == ['iter_20.pth', 'best_acc_iter_12.pth']
     best = torch.load(tmp_path / 'best_acc_iter_12.pth', weights_only=False)
     assert best['message_hub']['runtime_info']['best_score'] == 0.5
 
@@ -467,7 +262,7 @@ def test_what_it_does_not_guard_is_left_to_mmengine(kind, tmp_path,
         type('Other', (), {}))
     monkeypatch.setattr(safe_checkpoint, 'put_in_place', None)
     build(tmp_path, 'iter', Recorder(), every=20).train()
-    assert names(tmp_path) == ['iter_20.pth']
+    assert weight_files(tmp_path) == ['iter_20.pth']
     assert (tmp_path / 'last_checkpoint').read_text() == str(
         tmp_path / 'iter_20.pth')
     assert len(lines) == 1 and 'may be cut short' in lines[0]
@@ -490,7 +285,7 @@ def test_what_a_resume_will_refuse_is_told_while_training(
             runner.message_hub.update_info('kept', value)
 
     build(tmp_path, 'iter', Keeper(), every=10).train()
-    assert names(tmp_path) == ['iter_10.pth', 'iter_20.pth']
+    assert weight_files(tmp_path) == ['iter_10.pth', 'iter_20.pth']
     refused = False
     try:
         read_training_checkpoint(tmp_path / 'iter_10.pth')
@@ -515,7 +310,7 @@ def test_names_without_a_number(kind, tmp_path, monkeypatch):
         hook, safe_checkpoint.SafeCheckpointHook))
     hook.filename_tmpl = 'model.pth'
     runner.train()
-    assert names(tmp_path) == ['model.pth']
+    assert weight_files(tmp_path) == ['model.pth']
     content = read_training_checkpoint(tmp_path / 'model.pth')
     assert content['meta']['iter'] == 20
 
@@ -544,81 +339,6 @@ def test_folders_without_fsync(number, fatal, tmp_path, monkeypatch):
         safe_checkpoint.put_in_place(aside, path)
     assert path.read_text() == 'new'
     assert synced == ['.a.pth.tmp', tmp_path.name]
-
-
-LEFT = '.{}.0123abcd.tmp'
-
-
-def test_only_old_temporary_files_of_its_own_are_cleared(tmp_path):
-    """A young one may be what a second process writes just now."""
-    ours = [LEFT.format(name) for name in (
-        'step_5', 'step_6.pth', 'best_acc_step_5', 'last_checkpoint')]
-    others = [LEFT.format('other.pth'), 'step_5.tmp', '.step_5.tmp',
-              '.step_5.012345.tmp', '.step_5.0123abcd.tmp2', 'step_5']
-    for name in (*ours, *others):
-        (tmp_path / name).touch()
-        os.utime(tmp_path / name, (1e9, 1e9))
-    young = LEFT.format('step_7')
-    (tmp_path / young).touch()
-    safe_checkpoint._clear(tmp_path, 'step_{}')
-    assert {path.name for path in tmp_path.iterdir()} == {
-        *others, young, LEFT.format('last_checkpoint')}
-    safe_checkpoint._clear(tmp_path, 'last_checkpoint')
-    safe_checkpoint._clear(tmp_path, 'other.pth')
-    assert {path.name for path in tmp_path.iterdir()} == {*others[1:], young}
-
-
-WRITER = """
-import sys
-from pathlib import Path
-from mmrpa.hooks.safe_checkpoint import _temporary
-with _temporary(Path(sys.argv[1], 'iter_4.pth')) as aside:
-    Path(sys.argv[1], aside.name).open('wb').write(b'half')  # as mmengine does
-    print(aside.name, flush=True)
-    sys.stdin.read()
-"""
-
-
-def test_what_a_living_process_writes_is_never_cleared(tmp_path):
-    """However long it takes; when the process is killed, it goes."""
-    writer = subprocess.Popen(
-        [sys.executable, '-c', WRITER, str(tmp_path)], cwd=ROOT,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    try:
-        left = tmp_path / writer.stdout.readline().strip()
-        assert left.read_bytes() == b'half'
-        os.utime(left, (1e9, 1e9))
-        safe_checkpoint._clear(tmp_path, 'iter_{}.pth')
-        assert left.exists()
-    finally:
-        writer.kill()
-        writer.communicate()
-    assert left.exists()  # a kill leaves it
-    assert not has_checkpoints(tmp_path)
-    assert newest_good_checkpoint(str(tmp_path)) is None
-    safe_checkpoint._clear(tmp_path, 'iter_{}.pth')
-    assert not left.exists()
-
-
-@pytest.mark.parametrize('kind', ['file', 'folder'])
-@pytest.mark.parametrize('hours, goes', [(23, False), (25, True)])
-def test_where_nothing_is_locked_a_day_must_pass(kind, hours, goes, tmp_path,
-                                                 monkeypatch):
-    """Folders, and file systems without locks."""
-    def refuse(*args):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    left = tmp_path / LEFT.format('last_checkpoint')
-    if kind == 'file':
-        monkeypatch.setattr(safe_checkpoint.fcntl, 'flock', refuse)
-        left.touch()
-    else:
-        left.mkdir()
-        (left / 'last_checkpoint').touch()
-    then = time.time() - hours * 3600
-    os.utime(left, (then, then))
-    safe_checkpoint._clear(tmp_path, 'last_checkpoint')
-    assert left.exists() != goes
 
 
 def test_the_hooks_are_on_in_our_configs():
