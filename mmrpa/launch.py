@@ -177,6 +177,11 @@ def _prepare(name: str, args: argparse.Namespace, argv: Sequence[str],
     if name == 'train':
         for path in _iter_pretrained(cfg.get('model')):
             check_checkpoint(path)
+        # Else the data are loaded before it is looked for. What a plain
+        # --resume goes on from may be another than load_from.
+        start = cfg.get('load_from') if args.resume is None else args.resume
+        if isinstance(start, str) and start != 'auto':
+            check_checkpoint(start, may_be_folder=True)
         # By mmseg's --resume beside it one names the file to go on from.
         named = scope == 'mmseg' and 'load_from' in (args.cfg_options or {})
         if args.resume == 'auto' and cfg.get('load_from') and not named:
@@ -289,11 +294,17 @@ def find_script(scope: str | None, name: str) -> Path:
     return (folder / f'{name}.py').resolve()
 
 
-def check_checkpoint(path: str) -> None:
-    """Raise MissingPathError unless it is a file or a URL for mmengine."""
+def check_checkpoint(path: str, may_be_folder: bool = False) -> None:
+    """Raise MissingPathError unless it is a file or a URL for mmengine.
+
+    Args:
+        path (str): As a command or config names it.
+        may_be_folder (bool): Take a folder, too: DeepSpeed writes these.
+    """
     if _REMOTE.match(path):
         return
-    if not os.path.isfile(os.path.expanduser(path)):
+    there = os.path.exists if may_be_folder else os.path.isfile
+    if not there(os.path.expanduser(path)):
         raise MissingPathError(
             f'checkpoint {path!r} does not exist (working directory '
             f'{os.getcwd()}). Give a file, or a URL that begins with http:// '

@@ -100,7 +100,10 @@ def test_resume_beside_load_from_of_the_command_line(scope, host_script,
 
 @pytest.mark.parametrize('flags', [
     [], ['--resume', 'a.pth'], ['--flag']])
-def test_other_flags_are_left_alone(flags, host_script, capsys):
+def test_other_flags_are_left_alone(flags, host_script, capsys, tmp_path,
+                                    monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'a.pth').touch()
     host_script('import sys; print(sys.argv[2:])', load_from='a.pth',
                 flags=flags)
     assert capsys.readouterr().out.splitlines()[-1] == str(flags)

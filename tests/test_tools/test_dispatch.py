@@ -116,6 +116,29 @@ def test_missing_weights_to_start_from(several, call, capsys, write_config,
     assert call('train', config) == [str(config)]
 
 
+@pytest.mark.parametrize('flags', [
+    ['--resume', 'no/such.pth'], ['--resume=no/such.pth'],
+    ['--cfg-options', 'load_from=no/such.pth'],
+    ['--cfg-options', 'load_from=a.pth', '--resume', 'no/such.pth']])
+def test_missing_file_to_go_on_from(flags, call, capsys, write_config,
+                                    tmp_path):
+    """Named before the data are loaded, which takes COCO a minute."""
+    config = write_config(bare('mmdet'))
+    message = fails(call, capsys, 'train', config, *flags)
+    assert "checkpoint 'no/such.pth' does not exist" in message
+    assert not (tmp_path / 'record.json').exists()
+
+
+@pytest.mark.parametrize('flags', [
+    ['--resume', 'https://host/a.pth'], ['--resume', '{folder}'],
+    # Where work_dir has a checkpoint, that is the one to go on from.
+    ['--cfg-options', 'load_from=no/such.pth', '--resume']])
+def test_what_may_be_gone_on_from(flags, call, write_config, tmp_path):
+    flags = [flag.format(folder=tmp_path) for flag in flags]
+    config = write_config(bare('mmdet'))
+    assert call('train', config, *flags)[:2] == [str(config), flags[0]]
+
+
 def test_missing_config(call, capsys):
     message = fails(call, capsys, 'train', 'no/such.py')
     assert "config 'no/such.py' does not exist" in message
