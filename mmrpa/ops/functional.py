@@ -431,6 +431,8 @@ def _check_convolution(channels: int, num_tokens: int,
                        hw_shape: Tuple[int, int],
                        weight: Optional[Tensor],
                        bias: Optional[Tensor]) -> None:
+    # Without a convolution, too, since operators take it as two integers.
+    height, width = check_pair('hw_shape', hw_shape, 0)
     if weight is None:
         if bias is not None:
             raise ValueError('dwc_bias without dwc_weight; give both')
@@ -442,7 +444,6 @@ def _check_convolution(channels: int, num_tokens: int,
                          f'{size}')
     if bias is not None:
         _check_shape('dwc_bias', bias, [(channels, )])
-    height, width = check_pair('hw_shape', hw_shape, 0)
     if height < 1 or width < 1 or height * width > num_tokens:
         raise ValueError(
             f'hw_shape=({height}, {width}) must be a map of at least one and '

@@ -157,6 +157,17 @@ def test_bad_arguments_of_qkv_are_named(impl, bad, match):
         rp_attention_qkv(**spoil(arguments, bad), impl=impl)
 
 
+@pytest.mark.parametrize('impl', ['auto', *IMPLS])
+@pytest.mark.parametrize('hw_shape', [None, 6, (2, 3.), 'ab'])
+def test_no_map_is_named(impl, hw_shape):
+    """Also where there is no convolution to need one."""
+    arguments = dict(make_qkv_inputs(), num_heads=2, hw_shape=hw_shape)
+    for spoiled in (arguments, dict(arguments, dwc_weight=None,
+                                    dwc_bias=None)):
+        with pytest.raises(TypeError, match='hw_shape must be'):
+            rp_attention_qkv(**spoiled, impl=impl)
+
+
 @pytest.mark.parametrize('name', make_qkv_inputs(proj=True))
 def test_integers_are_refused(name):
     arguments = dict(make_qkv_inputs(proj=True), num_heads=2, hw_shape=(2, 3))
