@@ -133,3 +133,20 @@ def test_torchvision_of_a_torch(torch, torchvision):
 def test_version_of_a_build_from_source_is_read():
     assert matching_torchvision('git1a2b3c').startswith('torchvision==')
     assert _codes(version='git1a2b3c') == []
+
+
+@pytest.mark.parametrize('ops, codes', [
+    ({'error': 'undefined symbol: x', 'missing': None},
+     ['torch-unsafe-load', 'mmcv-other-torch']),
+    ({'found': {'cuda': 'not available'}},
+     ['torch-unsafe-load', 'mmcv-cpu-ops'])])
+def test_mmcv_is_not_compiled_for_a_torch_that_has_to_go(ops, codes):
+    """Both commands compile it; the first mends both findings."""
+    facts = copy.deepcopy(FACTS)
+    facts['probes']['torch']['found']['version'] = '2.9.1'
+    facts.update(requires_torch='2.9.1')
+    facts['probes']['mmcv.ops'] = ops
+    found = diagnose(facts)
+    assert [finding.code for finding in found] == codes
+    for finding in found:
+        assert finding.command.count('--no-binary=onedl-mmcv ') == 1
