@@ -13,6 +13,9 @@ from mmrpa.doctor.findings import pin
 
 pytestmark = pytest.mark.long
 
+# A build for CPUs: other platforms and indexes have it by default, but the
+# package index of Linux never does.
+CPU_BUILD = 'torch==2.13.0+cpu'
 GPU = 'NVIDIA H100 80GB HBM3'
 
 
@@ -66,6 +69,31 @@ def test_package_that_mmrpa_works_without_refuses_torch(environment):
     assert (refused['level'], refused['command']) == ('note', '')
     environment.run('pip uninstall -y torchaudio')
     assert list(environment.findings()) == ['mmseg-base']
+
+
+def test_build_for_the_cpu_where_there_is_a_gpu(environment):
+    """From another index, under a torchvision for another torch.
+
+    The GPU is a stand-in for NVIDIA's program; both builds of torch are real.
+    The one that the command brings is for GPUs, and says that there is none.
+    """
+    environment.link_tested(torch_and_its_own())
+    environment.run(f'pip install --no-deps --quiet {CPU_BUILD} || true')
+    if not any(environment.site.glob('torch-*+cpu.dist-info')):
+        pytest.skip(f'pip finds no {CPU_BUILD}: the default index has none; '
+                    'let PIP_FIND_LINKS name a folder that does')
+    environment.install('torchvision==0.27.0')
+    environment.add_program('nvidia-smi', f"echo '{GPU}'")
+    found = environment.findings()
+    assert list(found)[:2] == ['torchvision-mismatch', 'torch-cpu-only']
+    assert ('. This torch is the build cpu, which the default index does not '
+            'have: add the --index-url') in (
+                found['torchvision-mismatch']['text'])
+    assert found['torch-cpu-only']['text'] == (
+        f'this machine has a GPU ({GPU}), but torch 2.13.0+cpu is a build for '
+        'the CPU')
+    environment.run(found['torch-cpu-only']['command'])
+    assert list(environment.findings()) == ['cuda-unusable', 'mmseg-base']
 
 
 def test_gpu_that_torch_cannot_use(environment):
