@@ -3,17 +3,23 @@
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import venv
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Optional, Sequence
+
+from mmrpa.doctor.commands import build_mmcv
+from mmrpa.doctor.facts import normalise
 
 ROOT = Path(__file__).resolve().parents[1]
 # Small ones that most commands are about.
 OWNED = ('numpy', 'opencv-python-headless', 'pycocotools', 'setuptools',
          'torchvision', 'ninja', 'safetensors', 'onedl-mmcv', 'onedl-mmengine')
+# What compiles mmcv where neither original would refuse it.
+BUILD = build_mmcv({'owners': {'mmdet': [], 'mmseg': []}})
 TESTED = Path(metadata.distribution('numpy').locate_file('')).resolve()
 
 
@@ -28,11 +34,16 @@ class Environment:
         # Links: a copied interpreter would not find its library everywhere.
         venv.create(folder, symlinks=True, with_pip=False)
         self.python = folder / 'bin' / 'python'
-        pip = self.python.with_name('pip')
-        pip.write_text(f'#!/bin/sh\nexec {self.python} -m pip "$@"\n')
-        pip.chmod(0o755)
+        self.add_program('pip', f'exec {self.python} -m pip "$@"')
         version = 'python{}.{}'.format(*sys.version_info)
         self.site = folder / 'lib' / version / 'site-packages'
+
+    def add_program(self, name: str, script: str) -> Path:
+        """Put a shell script on PATH."""
+        path = self.python.with_name(name)
+        path.write_text(f'#!/bin/sh\n{script}\n')
+        path.chmod(0o755)
+        return path
 
     def add(self, name: str, version: str,
             files: Mapping[str, str] = {}, requires: Sequence[str] = ()
@@ -89,8 +100,15 @@ class Environment:
         path.write_bytes(content[:len(content) // 2 if keep is None else keep])
 
     def run(self, command: str, activated: bool = True,
-            timeout: float = 600) -> str:
-        """Run a shell command here, as a user would; it has to succeed."""
+            timeout: float = 3 * 3600) -> str:
+        """Run a shell command here, as a user would; it has to succeed.
+
+        Args:
+            command (str): For the shell.
+            activated (bool): The environment's programs are on PATH.
+            timeout (float): Seconds. Beside other work, compiling mmcv took
+                more than an hour on two cores.
+        """
         done = subprocess.run(
             command, shell=True, cwd='/', env=self._environ(activated),
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -98,9 +116,10 @@ class Environment:
         assert done.returncode == 0, f'{command}\n{done.stdout}'
         return done.stdout
 
-    def install(self, *requirements: str) -> 'Environment':
+    def install(self, *requirements: str, deps: bool = False
+                ) -> 'Environment':
         """Install real distributions from the package index."""
-        self.run('pip install --no-deps --quiet ' +
+        self.run(f'pip install {"" if deps else "--no-deps "}--quiet ' +
                  ' '.join(map(shlex.quote, requirements)))
         return self
 
@@ -128,6 +147,48 @@ class Environment:
         problems = [f for f in found.values() if f['level'] == 'problem']
         assert done.returncode == int(bool(problems)), done.stdout
         return found
+
+    def follow(self, found: Dict[str, Dict[str, Any]], code: str,
+               activated: bool = True) -> List[str]:
+        """Run the command of a finding, then that of the first problem left.
+
+        Each has to succeed and to end its finding for good.
+
+        Args:
+            found (dict): As :meth:`findings` returns them.
+            code (str): Of the finding to begin with.
+            activated (bool): The environment's programs are on PATH.
+
+        Returns:
+            list[str]: The codes of the findings that were mended, in order.
+        """
+        done: List[str] = []
+        while code:
+            done.append(code)
+            command = found[code]['command']
+            print(f'{code}: {command}', flush=True)
+            self.run(command, activated)
+            found = self.findings(activated)
+            assert not found.keys() & set(done), found
+            code = next((name for name, finding in found.items()
+                         if finding['level'] == 'problem'), '')
+        return done
+
+    def remove(self) -> None:
+        """Delete it: pytest keeps what tests leave, and these are large."""
+        shutil.rmtree(self.python.parents[1])
+
+
+def torch_and_its_own() -> List[str]:
+    """The distributions of torch, torchvision and what torch alone needs.
+
+    These are the libraries of CUDA and the compiler for GPUs.
+    """
+    names = {normalise(dist.metadata['Name'])
+             for dist in metadata.distributions()}
+    return sorted(name for name in names
+                  if name in ('torch', 'torchvision', 'triton')
+                  or name.startswith(('nvidia-', 'cuda-')))
 
 
 def _link(source: str, target: str) -> None:

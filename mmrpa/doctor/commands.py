@@ -14,6 +14,9 @@ FORKS = {package: names[-1] for package, names in NAMES.items()}
 _BOTH = f"{pin('torch')} {pin('torchvision')}"
 INSTALL = (f'pip install --force-reinstall --no-deps {_BOTH} && '
            f'pip install {_BOTH}')
+# What compiles mmcv, for 10 to 30 minutes.
+BUILD = ('pip install --no-deps --no-build-isolation --no-cache-dir '
+         f"--no-binary=onedl-mmcv {pin('onedl-mmcv')}")
 
 
 def build_in_words(facts: dict[str, Any]) -> str:
@@ -41,9 +44,7 @@ def build_mmcv(facts: dict[str, Any], cuda: bool = False) -> str:
     # Debug information would double the time and the memory it takes.
     command = ('pip uninstall -y mmcv mmcv-lite mmcv-full onedl-mmcv && pip '
                "install 'setuptools>=77,<82' wheel ninja && MMCV_WITH_OPS=1 "
-               f"CFLAGS='-g0 -O2' {'FORCE_CUDA=1 ' if cuda else ''}"
-               'pip install --no-deps --no-build-isolation --no-cache-dir '
-               f"--no-binary=onedl-mmcv {pin('onedl-mmcv')}")
+               f"CFLAGS='-g0 -O2' {'FORCE_CUDA=1 ' if cuda else ''}{BUILD}")
     refusing = {name: FORKS[package] for package in ('mmdet', 'mmseg')
                 for name in facts['owners'][package]
                 if name in NAMES[package][:-1]}

@@ -7,6 +7,7 @@ from typing import Any, Callable, Dict, Iterator, Tuple
 
 from .. import OLDEST_TORCH
 from .commands import (
+    BUILD,
     FORKS,
     INSTALL,
     build_in_words,
@@ -38,8 +39,12 @@ def find_problems(facts: Facts) -> list[Finding]:
     """Apply all rules, the causes before what follows from them."""
     found = [finding for rule in RULES for finding in rule(facts)]
     found += _other_imports(facts, found)
-    # Not the cause of anything above.
-    found += _unsafe_torch(facts)
+    # Not the cause of anything above, but the torch that it brings needs other
+    # ops: behind a finding that compiles mmcv, that would be done twice.
+    compiling = (i for i, finding in enumerate(found)
+                 if finding.level != NOTE and BUILD in finding.command)
+    at = next(compiling, len(found))
+    found[at:at] = _unsafe_torch(facts)
     found = [*_pip(facts, found), *found]
     return [_for_interpreter(facts['interpreter'], finding)
             for finding in found]

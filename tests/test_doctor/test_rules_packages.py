@@ -1,80 +1,12 @@
-"""Rules that need a GPU, or another Python, on facts that were made up.
-
-No such machine is at hand: these show that the rules read facts rightly, not
-that the facts come out so.
-"""
+"""Rules about packages other than torch, on facts that were made up."""
 
 import copy
-import re
 
 import pytest
-from doctor_environments import ROOT
+from doctor_facts import FACTS, HOSTS, without
 
-from mmrpa.doctor.findings import PYTHONS, SETUPTOOLS, TESTED
-from mmrpa.doctor.probes import without_paths
+from mmrpa.doctor.findings import TESTED
 from mmrpa.doctor.report import diagnose, format_report
-from mmrpa.doctor.rules import matching_torchvision
-from mmrpa.doctor.rules_gpu import runs_on
-
-ARCHS = ['sm_75', 'sm_80', 'sm_90', 'sm_120', 'compute_120']
-FACTS = {
-    'python': [3, 11, 7],
-    'checkout': True,
-    'platform': 'Linux',
-    'distributions': {'setuptools': '81.0.0', 'torchvision': '0.26.0+cu130',
-                      'opencv-python-headless': '4.12.0.88', 'ninja': '1',
-                      'safetensors': '0.8.0'},
-    'owners': {name: [f'onedl-{name}'] for name in (
-        'mmengine', 'mmcv', 'mmdet', 'mmpretrain')} | {'mmseg': [], 'cv2': []},
-    'requires_torch': '2.11.0',
-    'has_ops': True,
-    'sources': {},
-    'has_pip': True,
-    'interpreter': None,
-    'requirements': [],
-    'gpus': ['NVIDIA H100'],
-    'probes': {name: {'found': {'version': '2.2.6'}} for name in (
-        'numpy', 'torch and numpy', 'cv2', 'torchvision', 'mmengine', 'mmcv',
-        'pycocotools', 'mmdet', 'mmseg', 'mmpretrain')} | {
-            'torch': {'found': {
-                'version': '2.11.0+cu130', 'cuda': '13.0', 'available': True,
-                'archs': ARCHS}},
-            'torch.cuda': {'found': {'capabilities': [[9, 0]]}},
-            'mmcv.ops': {'found': {'cuda': '13.0'}}},
-}
-
-
-def _diagnose(**changes):
-    facts = copy.deepcopy(FACTS)
-    torch = facts['probes']['torch']['found']
-    for key, value in changes.items():
-        if key in torch:
-            torch[key] = value
-        elif key == 'capabilities':
-            facts['probes']['torch.cuda']['found'][key] = value
-        elif key == 'ops_cuda':
-            facts['probes']['mmcv.ops']['found']['cuda'] = value
-        else:
-            facts[key] = value
-    return diagnose(facts)
-
-
-def _without(facts, *names):
-    """Take packages out; all that import mmengine fail along with it."""
-    for name in names:
-        facts['owners'][name] = []
-        facts['probes'][name] = {
-            'error': f'ModuleNotFoundError: No module named {name!r}',
-            'missing': name}
-        if name in ('mmcv', 'mmengine'):
-            facts['probes']['mmcv.ops'] = facts['probes'][name]
-    for name in ('mmcv', 'mmdet', 'mmseg', 'mmpretrain'):
-        if 'mmengine' in names and name not in names:
-            facts['probes'][name] = facts['probes']['mmengine']
-    return facts
-
-
-HOSTS = ('mmdet', 'mmseg', 'mmpretrain')
 
 
 @pytest.mark.parametrize('names, codes', [
@@ -92,7 +24,7 @@ HOSTS = ('mmdet', 'mmseg', 'mmpretrain')
     (('mmdet', 'mmseg'), {}),
 ])
 def test_what_is_wrong_without(names, codes):
-    facts = _without(copy.deepcopy(FACTS), *names)
+    facts = without(copy.deepcopy(FACTS), *names)
     if 'cv2' in names:
         del facts['distributions']['opencv-python-headless']
     found = diagnose(facts)
@@ -103,7 +35,7 @@ def test_what_is_wrong_without(names, codes):
 
 def test_missing_mmengine_is_all_that_is_wrong():
     """What imports it is whole: nothing of it has to be installed again."""
-    finding, = diagnose(_without(copy.deepcopy(FACTS), 'mmengine'))
+    finding, = diagnose(without(copy.deepcopy(FACTS), 'mmengine'))
     assert finding.code == 'mmengine-missing'
     assert finding.command == (
         f"pip install onedl-mmengine=={TESTED['onedl-mmengine']}")
@@ -161,7 +93,7 @@ def test_setuptools_matters_to_builds_and_to_the_original(version):
     finding, = diagnose(facts)
     assert finding.level == 'note'
     code = finding.code
-    found = {f.code: f for f in diagnose(_without(facts, 'mmcv'))}
+    found = {f.code: f for f in diagnose(without(facts, 'mmcv'))}
     assert found[code].level == 'problem'
     facts = copy.deepcopy(FACTS)
     facts['distributions'].update(setuptools=version, mmengine='0.10.7')
@@ -183,13 +115,6 @@ def test_two_builds_of_opencv_are_two_owners_of_its_folder(owners, codes):
     for finding in found:
         assert finding.command.startswith(
             f'pip uninstall -y {" ".join(sorted(owners))} && ')
-
-
-@pytest.mark.parametrize('checkout', [True, False])
-def test_another_python_where_there_is_no_makefile(checkout):
-    finding, = _diagnose(python=[3, 13, 1], checkout=checkout)
-    assert finding.command.startswith(
-        'make setup ' if checkout else 'python3.11 -m venv ')
 
 
 COMPILE = '--no-binary=onedl-mmcv onedl-mmcv==' + TESTED['onedl-mmcv']
@@ -230,7 +155,7 @@ def test_compiled_mmcv_takes_the_original_and_who_refuses_it_along(fault,
     (('mmpretrain', ), 'note'), (('mmdet', ), 'problem'),
     (('mmpretrain', 'mmseg'), 'problem')])
 def test_mmpretrain_alone_needs_no_ops(hosts, level):
-    facts = _without(copy.deepcopy(FACTS),
+    facts = without(copy.deepcopy(FACTS),
                      *(name for name in HOSTS if name not in hosts))
     facts.update(has_ops=False)
     facts['owners']['mmcv'] = ['mmcv-lite']
@@ -271,16 +196,6 @@ def test_broken_numpy_is_replaced_by_the_same():
     assert finding.command == 'pip install --force-reinstall numpy==1.26.4'
 
 
-def test_torch_that_lacks_a_package_is_left_as_it_is():
-    facts = copy.deepcopy(FACTS)
-    facts['probes']['torch'] = {
-        'error': "ModuleNotFoundError: No module named 'typing_extensions'",
-        'missing': 'typing_extensions'}
-    finding, = diagnose(facts)
-    assert finding.code == 'torch-broken'
-    assert finding.command == 'pip install typing_extensions'
-
-
 @pytest.mark.parametrize('name', ['mmengine', 'mmengine-lite'])
 def test_both_originals_of_mmengine_need_pkg_resources(name):
     facts = copy.deepcopy(FACTS)
@@ -296,100 +211,6 @@ def test_pkg_resources_come_with_setuptools():
     facts['probes']['mmdet'] = {'error': 'x', 'missing': 'pkg_resources'}
     finding, = diagnose(facts)
     assert finding.command == "pip install 'setuptools<82'"
-
-
-def _codes(**changes):
-    return [finding.code for finding in _diagnose(**changes)]
-
-
-@pytest.mark.parametrize('changes, codes', [
-    ({}, []),
-    (dict(cuda=None, available=False, archs=[], capabilities=[],
-          ops_cuda='not available'), ['torch-cpu-only']),
-    (dict(cuda=None, available=False, archs=[], capabilities=[], gpus=[],
-          ops_cuda='not available'), []),
-    (dict(available=False, capabilities=[]), ['cuda-unusable']),
-    (dict(capabilities=[[6, 1]]), ['cuda-arch']),
-    (dict(capabilities=[[9, 0], [3, 7]]), ['cuda-arch']),
-    (dict(ops_cuda='not available'), ['mmcv-cpu-ops']),
-    (dict(version='2.9.1+cu128', requires_torch='2.9.1'),
-     ['torch-unsafe-load']),
-    (dict(version='2.6.0', requires_torch='2.6.0'), ['torch-unsafe-load']),
-    (dict(version='2.5.1', requires_torch='2.5.1'), ['torch-too-old']),
-    (dict(version='1.13.1', requires_torch='1.13.1'), ['torch-too-old']),
-    (dict(version='3fa9151'), []),  # a build from source
-    (dict(version='2.10.0+cu128', requires_torch='2.10.0'), []),
-    # A build for AMD's GPUs, which "cuda" is the word for, too.
-    (dict(cuda=None, archs=[], capabilities=[[9, 0]], gpus=[],
-          ops_cuda='rocm not available'), []),
-    (dict(has_pip=False), []),
-    (dict(python=[3, 13, 0]), ['python']),
-    (dict(python=[3, 9, 1]), ['python']),
-    (dict(requirements=['opencv-python-headless 4.12.0.88 has requirement '
-                        'numpy<2.3.0,>=2; python_version >= "3.9", but you '
-                        'have numpy 2.4.0.']), ['requirement-numpy']),
-    (dict(requirements=['rich 1 has requirement pygments<3, but you have '
-                        'pygments 4.']), []),
-])
-def test_rules(changes, codes):
-    assert _codes(**changes) == codes
-
-
-@pytest.mark.parametrize('archs, capability, runs', [
-    (['sm_80'], [8, 0], True), (['sm_80'], [8, 6], True),
-    (['sm_86'], [8, 0], False), (['sm_80'], [9, 0], False),
-    (['compute_80'], [9, 0], True), (['compute_90'], [8, 0], False),
-    (['sm_90a'], [9, 0], True), (['sm_100a'], [10, 3], False),
-    (['sm_100f'], [10, 3], True), (['sm_120'], [12, 0], True), ([], [8, 0],
-                                                                False),
-])
-def test_binaries_run_on(archs, capability, runs):
-    assert runs_on(archs, capability) is runs
-
-
-@pytest.mark.parametrize('capability, torch, command, words', [
-    # Pascal and Volta: all newer builds have left them.
-    ([6, 1], '2.11.0', 'nvidia-smi', 'torchvision for an older CUDA than'),
-    ([7, 0], '2.10.0', 'nvidia-smi', 'torchvision for an older CUDA than'),
-    ([8, 0], '2.11.0', 'nvidia-smi', 'torchvision for another CUDA than'),
-    ([8, 0], '2.10.0', 'pip install --force-reinstall --no-deps torch==',
-     'sm_80, only for sm_75 sm_90'),
-])
-def test_command_for_a_gpu_is_not_to_install_what_is_there(
-        capability, torch, command, words):
-    finding, = _diagnose(
-        capabilities=[capability], archs=['sm_75', 'sm_90'],
-        distributions={**FACTS['distributions'], 'torch': torch})
-    assert finding.code == 'cuda-arch'
-    assert finding.command.startswith(command)
-    assert words in finding.text
-
-
-def test_busy_gpu_is_not_the_fault_of_torch():
-    facts = copy.deepcopy(FACTS)
-    facts['probes']['torch.cuda'] = {
-        'error': 'AcceleratorError: all CUDA-capable devices are busy or '
-        'unavailable', 'missing': None}
-    finding, = diagnose(facts)
-    assert finding.code == 'cuda-unusable'
-    assert "this machine's GPU: AcceleratorError: all CUDA" in finding.text
-    assert finding.command.startswith('nvidia-smi')
-    facts['probes']['torch']['found']['available'] = False
-    finding, = diagnose(facts)  # once, by what hides it
-    assert 'cannot use it: the driver is older' in finding.text
-
-
-@pytest.mark.parametrize('build', ['+cu118', '+cpu', ''])
-def test_build_of_torch_is_said_where_the_default_index_lacks_it(build):
-    found = _diagnose(
-        version='2.9.1' + (build or '+cu130'),
-        distributions={**FACTS['distributions'], 'torch': '2.9.1' + build})
-    assert [f.code for f in found] == ['torchvision-mismatch',
-                                       'torch-unsafe-load']
-    for finding in found:
-        assert ('add the --index-url that' in finding.text) == bool(build)
-        assert f'This torch is the build {build[1:]},' in (
-            finding.text) or not build
 
 
 def _refusing(*lines):
@@ -442,67 +263,3 @@ def test_two_versions_are_not_asked_for_at_once():
     assert finding.command == (
         f"pip install --no-deps torch=={TESTED['torch']} "
         f"onedl-mmdetection=={TESTED['onedl-mmdetection']}")
-
-
-@pytest.mark.parametrize('torch, torchvision', [
-    ('2.11.0', '0.26'), ('2.5.1+cu124', '0.20'), ('2.0.1', '0.15')])
-def test_torchvision_of_a_torch(torch, torchvision):
-    assert matching_torchvision(torch) == f'torchvision=={torchvision}.*'
-
-
-@pytest.mark.parametrize('text, shown', [
-    ('/home/a b/.venv/lib/python3.11/site-packages/mmcv/_ext.so: undefined',
-     'site-packages/mmcv/_ext.so: undefined'),
-    ('~/.venv/lib/python3.11/site-packages/mmcv/_ext.so: undefined',
-     'site-packages/mmcv/_ext.so: undefined'),
-    (r'C:\Users\a b\env\Lib\site-packages\mmcv\_ext.pyd: undefined',
-     r'site-packages\mmcv\_ext.pyd: undefined'),
-    (r'DLL load failed: C:\Users\alice\y.dll', 'DLL load failed: y.dll'),
-    ('file:///srv/a/site-packages/x.so', 'site-packages/x.so'),
-    ('(/opt/x/y.so: bad)', '(y.so: bad)'),
-    ('(~/opt/x/y.so: bad)', '(y.so: bad)'),
-    ("/a/b.so needs '/srv/a/lib/site-packages/c.so'",
-     "b.so needs 'site-packages/c.so'"),
-    ('https://example.org/a/b', 'https://example.org/a/b'),
-    ('and/or 1/2', 'and/or 1/2')])
-def test_folders_are_taken_out(text, shown):
-    assert without_paths(text) == shown
-    # As the probes say it.
-    assert without_paths('ImportError: ' + text) == 'ImportError: ' + shown
-
-
-@pytest.mark.parametrize('text', ['word ', '/a ', '/a/', 'x/', ' /site-'])
-def test_long_errors_are_cut_before_they_are_read(text):
-    """Patterns look at pairs of places: of millions, for days."""
-    assert len(without_paths(text * 10 ** 6)) <= 4000
-
-
-def test_tested_set_is_that_of_the_project():
-    text = (ROOT / 'requirements.txt').read_text()
-    for name, version in TESTED.items():
-        assert f'\n{name}=={version}\n' in text
-    low, high = SETUPTOOLS
-    setup = (ROOT / 'tools/setup_env.py').read_text()
-    assert f"'setuptools>={low},<{high}'" in setup
-    parts = (ROOT / 'tools/setup_parts.py').read_text()
-    numbers = re.search(r'OLDEST, TESTED, NEWEST = (.*)', parts)[1]
-    assert numbers.startswith(f'{PYTHONS[0]}, ')
-    assert numbers.endswith(f' {PYTHONS[1]}')
-
-
-def test_version_of_a_build_from_source_is_read():
-    assert matching_torchvision('git1a2b3c').startswith('torchvision==')
-    assert _codes(version='git1a2b3c') == []
-
-
-def test_page_names_all_findings():
-    """docs/environment.md, against the codes that the rules can give."""
-    page = (ROOT / 'docs/environment.md').read_text()
-    rows = re.findall(r'^\| (`.*?) \|', page, re.M)
-    named = {name for row in rows for name in re.findall(r'`([\w-]+)`', row)}
-    source = ''.join(path.read_text() for path in (
-        ROOT / 'mmrpa/doctor').glob('rules*.py'))
-    # A code is the first argument of a Finding.
-    codes = set(re.findall(r"Finding\(\s*f?'([\w{}-]+)'", source))
-    assert len(codes) > 25
-    assert named == {re.sub(r'\{\w+\}', 'X', code) for code in codes}
