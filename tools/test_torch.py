@@ -27,7 +27,6 @@ TESTS = (
     'test_ops', 'test_layers', 'test_backbones', 'test_optim', 'test_hooks',
     'test_registry.py', 'test_security.py',
     'test_reliability/test_safe_loading.py', 'test_weights', 'test_export')
-DESELECTED = {}
 
 
 def make_plan(release: str) -> Plan:
@@ -41,7 +40,7 @@ def make_plan(release: str) -> Plan:
                     without=('torch', 'triton', 'nvidia-', 'cuda-'),
                     operators=False)
     return Plan(recipe, ('torch', 'torchvision', 'mmengine', 'mmcv',
-                         'mmpretrain'), TESTS, {}, DESELECTED)
+                         'mmpretrain'), TESTS, {}, {})
 
 
 def check_refusal(env: Path) -> None:

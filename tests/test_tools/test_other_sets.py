@@ -148,8 +148,7 @@ def test_pip_that_fails_is_quoted(tool, monkeypatch, tmp_path):
 def test_what_is_left_out_exists(tool, torch_tool):
     for path in tool.LEFT_OUT:
         assert (TESTS / path).exists(), path
-    for name in (*tool.DESELECTED, *tool.QUICK, *torch_tool.TESTS,
-                 *torch_tool.DESELECTED):
+    for name in (*tool.DESELECTED, *tool.QUICK, *torch_tool.TESTS):
         path, _, test = name.partition('::')
         assert (TESTS / path).exists(), path
         if test:
