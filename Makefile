@@ -4,13 +4,15 @@ VENV_PYTHON := .venv/bin/python
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); \
 	if [ "$$n" -gt 8 ]; then echo 8; else echo "$$n"; fi)
 
-.PHONY: help setup quickstart test test-originals lint clean
+.PHONY: help setup quickstart test test-originals test-torch lint clean
 
 help:
 	@echo 'make quickstart  set up, then train and test three small models'
 	@echo 'make test        set up, then run all tests'
 	@echo 'make test-originals  the tests that touch a host, with the original'
 	@echo '                 packages in an environment of their own'
+	@echo 'make test-torch TORCH=2.6.0  the tests that need no compiled operators'
+	@echo '                 of mmcv, with another torch in an environment of its own'
 	@echo 'make setup       make .venv with the tested set of packages'
 	@echo 'make lint        check the style'
 	@echo 'make clean       remove build and cache files (.venv stays)'
@@ -34,6 +36,12 @@ test: setup
 test-originals: setup
 	OMP_NUM_THREADS=1 $(VENV_PYTHON) tools/test_originals.py -n $(WORKERS) \
 		-q $(PYTEST_ARGS)
+
+test-torch: setup
+	@test -n '$(TORCH)' || { echo 'test-torch: error: name a release:' \
+		'make test-torch TORCH=2.6.0' >&2; exit 1; }
+	OMP_NUM_THREADS=1 $(VENV_PYTHON) tools/test_torch.py $(TORCH) \
+		-n $(WORKERS) -q $(PYTEST_ARGS)
 
 lint: setup
 	$(VENV_PYTHON) -m ruff check .

@@ -3,11 +3,17 @@
 from pathlib import Path
 from typing import Any, Dict
 
+import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
 from mmrpa.export import ExportModel
+from mmrpa.torch_release import release
+
+# What an older one is told: test_older_torch_is_named.
+needs_export = pytest.mark.skipif(
+    release(torch.__version__) < (2, 7), reason='exports need torch 2.7')
 
 PIPELINE = [dict(type='LoadImageFromFile'), dict(type='PackInputs')]
 ARCH = dict(embed_dims=(16, 32), depths=(1, 1), num_heads=(2, 4),

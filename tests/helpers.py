@@ -4,7 +4,19 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
 TOOLS = Path(__file__).resolve().parent.parent / 'tools'
+
+
+def mmdet_models() -> ModuleType:
+    """``mmdet.models``; skips the test if mmcv has no compiled operators.
+
+    mmdet cannot be imported without; mmpretrain and mmseg can.
+    """
+    pytest.importorskip('mmcv.ops')
+    import mmdet.models
+    return mmdet.models
 
 
 def load_tool(name: str) -> ModuleType:

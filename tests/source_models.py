@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, List
 
 import torch
+from helpers import mmdet_models
 from timm.models import deit as timm_deit
 from timm.models.swin_transformer import SwinTransformer as TimmSwin
 from timm.models.vision_transformer import VisionTransformer as TimmViT
@@ -157,9 +158,8 @@ def mmpretrain_swin() -> Source:
 
 def mmdet_swin() -> Source:
     """mmdet's Swin."""
-    from mmdet.models import SwinTransformer
-    return _mm_swin(SwinTransformer, embed_dims=8, depths=DIMS['depths'],
-                    num_heads=DIMS['num_heads'])
+    return _mm_swin(mmdet_models().SwinTransformer, embed_dims=8,
+                    depths=DIMS['depths'], num_heads=DIMS['num_heads'])
 
 
 def mmseg_swin() -> Source:
@@ -253,8 +253,7 @@ PVT_OPTIONS = dict(arch=PVT_DIMS, img_size=IMG, attention='sr', norm_cfg=None)
 def mmdet_pvt() -> Source:
     """mmdet's PVT, with the epsilon of the official norms: mmdet gives its
     1e-6 to those of patches and reductions, too."""
-    from mmdet.models import PyramidVisionTransformer
-    model = PyramidVisionTransformer(
+    model = mmdet_models().PyramidVisionTransformer(
         pretrain_img_size=IMG, embed_dims=8, num_layers=PVT_DIMS['depths'],
         num_heads=PVT_DIMS['num_heads'], mlp_ratios=PVT_DIMS['mlp_ratios'])
     for name, module in model.named_modules():

@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from helpers import mmdet_models
 
 import mmrpa
 from mmrpa import torch_release
@@ -63,6 +64,8 @@ def wheel(tmp_path_factory):
     ('mmpretrain', 'RPSwin'),
 ])  # yapf: disable
 def test_every_host_builds_it_from_a_wheel(wheel, tmp_path, host, name):
+    if host == 'mmdet':
+        mmdet_models()
     result = subprocess.run(
         [sys.executable, '-c', CODE.format(host=host, type=name)],
         cwd=tmp_path,  # an empty working directory

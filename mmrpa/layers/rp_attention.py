@@ -244,7 +244,7 @@ class RPAttention(nn.Module):
             x, hw_shape = x.flatten(2).transpose(1, 2), x.shape[-2:]
         num_cls = check_tokens(x, hw_shape, self.embed_dims, allow_cls=True)
         check_dtype(x, self.qkv.weight)
-        k = self._heads(self.qkv(x).chunk(3, dim=-1)[1])
+        k = self._heads(self._project(x).chunk(3, dim=-1)[1])
         with without_autocast(x.device.type):
             p = route(k.float(), self.anchors.float(), self.routing)
         return p[:, :, num_cls:].transpose(-2, -1).unflatten(-1, hw_shape)
@@ -278,7 +278,7 @@ class RPAttention(nn.Module):
         num_cls = check_tokens(x, hw_shape, self.embed_dims, allow_cls=True)
         check_dtype(x, self.qkv.weight)
         check_queries(queries, hw_shape)
-        q, k, _ = (self._heads(t) for t in self.qkv(x).chunk(3, dim=-1))
+        q, k, _ = (self._heads(t) for t in self._project(x).chunk(3, dim=-1))
         dtype = compute_dtype(x.dtype)
         with without_autocast(x.device.type):
             q, k = q[:, :, queries + num_cls].to(dtype), k.to(dtype)
@@ -290,6 +290,19 @@ class RPAttention(nn.Module):
             logits = q @ k_rep.transpose(-2, -1) * q.shape[-1]**-0.5
             response = logits.softmax(dim=-1) @ weights
         return response[..., num_cls:].unflatten(-1, hw_shape)
+
+    def _project(self, x: Tensor) -> Tensor:
+        """``qkv`` of x, beside a forward pass that may have gradients.
+
+        Autocast must keep no converted weights from it: up to torch 2.9, those
+        made under no_grad are taken in the forward pass, and get no gradient.
+        """
+        kept = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
+        try:
+            return self.qkv(x)
+        finally:
+            torch.set_autocast_cache_enabled(kept)
 
     def _heads(self, x: Tensor) -> Tensor:
         """(B, N, C) to (B, h, N, d)."""

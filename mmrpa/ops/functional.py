@@ -409,7 +409,10 @@ def _check_arguments(heads: int, dims: int, anchors: Tensor,
                      interact_proj: Optional[Tensor], routing: str,
                      reduction: str) -> None:
     channels = heads * dims
-    if (anchors.dim() != 3 or anchors.shape[0] not in (1, heads)
+    # Not `in (1, heads)`, here and below: torch.compile of torch 2.6 takes a
+    # number for unequal to a size that may vary.
+    if (anchors.dim() != 3
+            or (anchors.shape[0] != 1 and anchors.shape[0] != heads)
             or anchors.shape[1] < 1 or anchors.shape[2] != dims):
         raise ValueError(
             f'anchors must be ({heads}, M, {dims}) or (1, M, {dims}) with M '
@@ -453,7 +456,8 @@ def _check_convolution(channels: int, num_tokens: int,
 
 def _check_shape(name: str, tensor: Tensor,
                  allowed: Sequence[Tuple[Any, ...]]) -> None:
-    if tuple(tensor.shape) not in allowed:
-        shapes = ' or '.join(str(tuple(s)) for s in allowed)
-        raise ValueError(f'{name} must be {shapes}, got '
-                         f'{tuple(tensor.shape)}')
+    for shape in allowed:
+        if tuple(tensor.shape) == shape:
+            return
+    shapes = ' or '.join(str(tuple(s)) for s in allowed)
+    raise ValueError(f'{name} must be {shapes}, got {tuple(tensor.shape)}')

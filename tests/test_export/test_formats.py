@@ -9,11 +9,13 @@ import torch
 from export_models import (
     SMALL,
     load,
+    needs_export,
     write_classifier,
     write_segmentor,
     write_weights,
 )
 from guides import ROOT
+from helpers import mmdet_models
 from mmengine.config import Config
 
 import mmrpa.export.formats as formats
@@ -50,6 +52,7 @@ def test_sizes_are_what_a_check_needs():
 
 
 # All families are exported in test_real_models.py; an export takes 15 s.
+@needs_export
 @pytest.mark.parametrize('name', [
     pytest.param(name, marks=[] if name in ('RPSwin', 'RPCSWin')
                  else pytest.mark.long) for name in SMALL])
@@ -73,6 +76,7 @@ def test_families_by_torch_export(name, tmp_path):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@needs_export
 def test_onnx_of_a_whole_classifier(config, tmp_path):
     """From pixels to logits, against the host's own preprocessing."""
     import onnx
@@ -114,6 +118,7 @@ class _Spoiled(ExportModel):
         return twin
 
 
+@needs_export
 def test_wrong_program_leaves_no_file(config, tmp_path):
     model = _Spoiled(str(config), str(tmp_path / 'weights.pth'))
     before = sorted(tmp_path.iterdir())
@@ -206,6 +211,7 @@ def test_channel_order_is_what_the_host_makes_of_bgr(flag, tmp_path):
 
 def test_detector_inside_of_another_model_is_refused(tmp_path):
     """Which of the two, and where is what normalises its images?"""
+    mmdet_models()
     cfg = Config.fromfile(DETECTOR)
     cfg.model.backbone.init_cfg = None
     cfg.model = dict(
@@ -267,6 +273,7 @@ def test_windows_of_a_segmentor_are_in_the_metadata(tmp_path):
                        ).windows == {}
 
 
+@needs_export
 @pytest.mark.parametrize('content', [b'', b'no model', None])
 def test_file_that_does_not_load_is_no_traceback(content, config, tmp_path,
                                                  monkeypatch):
@@ -286,6 +293,7 @@ def test_file_that_does_not_load_is_no_traceback(content, config, tmp_path,
     assert not list(tmp_path.glob('*model*'))
 
 
+@needs_export
 @pytest.mark.parametrize('file_format, suffix', [('onnx', 'onnx'),
                                                  ('torch-export', 'pt2')])
 def test_full_disk_leaves_no_file(file_format, suffix, config, tmp_path):

@@ -11,6 +11,7 @@ import torch
 from export_models import (
     BACKBONES,
     load,
+    needs_export,
     strengthen,
     write_classifier,
     write_weights,
@@ -21,7 +22,7 @@ from mmengine.registry import MODELS, init_default_scope
 
 from mmrpa.export import CHECK_SIZES, ExportModel, export_model
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, needs_export]
 SEGMENTOR = 'mmseg/quickstart/rp-pvt-nano_upernet_1xb8-300_sample-128x128.py'
 DETECTOR = 'mmdet/quickstart/mask-rcnn_rp-pvt-nano_fpn_1xb4_sample.py'
 CLASSIFIER = 'mmpretrain/quickstart/rp-pvt-nano_1xb32_sample.py'

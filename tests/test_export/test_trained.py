@@ -16,6 +16,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from export_models import needs_export
 from guides import ROOT
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from mmrpa.export import CHECK_SIZES
 from mmrpa.weights import read_checkpoint
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, needs_export]
 SEGMENTOR = 'mmseg/quickstart/rp-pvt-nano_upernet_1xb8-300_sample-128x128.py'
 DETECTOR = 'mmdet/quickstart/mask-rcnn_rp-pvt-nano_fpn_1xb4_sample.py'
 FROM_SCRATCH = 'model.backbone.init_cfg=None'

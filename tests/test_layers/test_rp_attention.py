@@ -182,6 +182,29 @@ def test_routing_map_is_the_routing_that_forward_uses(num_cls):
         torch.testing.assert_close(maps[1, head, :, 1, 1], logits.softmax(0))
 
 
+@pytest.mark.parametrize('look', [
+    lambda layer, x: layer.routing_map(x, (2, 3)),
+    lambda layer, x: layer.query_response(x, (2, 3), torch.tensor([1]))])
+def test_a_look_leaves_nothing_in_the_cache_of_autocast(look):
+    """Up to torch 2.9 the forward pass would find weights without a gradient.
+    """
+    layer, x = RPAttention(8, 2, 3), torch.randn(2, 6, 8)
+    kept = []
+    layer.qkv.register_forward_hook(
+        lambda *args: kept.append(torch.is_autocast_cache_enabled()))
+    grads = []
+    for looks in (False, True):
+        with torch.autocast('cpu', torch.bfloat16):
+            if looks:
+                with torch.no_grad():
+                    look(layer, x)
+            out = layer(x, (2, 3))
+        grads.append(torch.autograd.grad(
+            out.float().square().sum(), list(layer.parameters())))
+    torch.testing.assert_close(*grads, rtol=0, atol=0)
+    assert kept == [True, False, True]
+
+
 def test_needs_torch_alone():
     code = ('import sys\n'
             'class Block:\n'

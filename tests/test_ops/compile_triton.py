@@ -58,8 +58,9 @@ def compile_kernel(name, dtype, dims, m, capability):
             signature[parameter] = ('fp32' if parameter.endswith('scale') else
                                     'i32')
     constants = {k: v for k, v in constants.items() if k in signature}
+    # By position: the third one is ``constants`` before Triton 3.3.
     compiled = triton.compile(
-        ASTSource(kernel, signature=signature, constexprs=constants),
+        ASTSource(kernel, signature, constants),
         target=GPUTarget('cuda', capability, 32),
         options=options)
     return compiled.metadata.shared

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from helpers import mmdet_models
 from mmengine.optim import LinearLR, build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
@@ -108,6 +109,8 @@ HOSTS = dict(mmpretrain=(CLASSIFIER, ['backbone.']),
 @pytest.mark.parametrize('host', HOSTS)
 def test_hosts(host):
     cfg, backbones = HOSTS[host]
+    if cfg in (DETECTOR, WRAPPED):
+        mmdet_models()
     init_default_scope('mmdet' if host == 'wrapped' else host)
     model = MODELS.build(cfg)
     optim = wrapper(model)

@@ -5,6 +5,7 @@ import re
 import timm
 import torch
 from guides import ROOT, run_guide
+from helpers import mmdet_models
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
@@ -17,6 +18,7 @@ CONFIG = ROOT / ('configs/mmdet/rp_swin/'
 
 
 def test_guide(tmp_path, monkeypatch):
+    mmdet_models()  # of the snippets
     for file, name in (('swin_tiny.pth', 'swin_tiny_patch4_window7_224'),
                        ('deit_tiny.pth', 'deit_tiny_patch16_224')):
         torch.save(timm.create_model(name).state_dict(), tmp_path / file)

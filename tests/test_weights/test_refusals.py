@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from helpers import mmdet_models
 from source_models import DIMS, source_of
 
 from mmrpa.weights import ConversionError, convert
@@ -141,8 +142,7 @@ def test_the_arch_of_published_weights_is_named(arch):
 
 
 def test_pvt_v2_of_mmdet_is_not_taken_for_pvt():
-    from mmdet.models import PyramidVisionTransformerV2
-    state = PyramidVisionTransformerV2(embed_dims=8,
-                                       num_layers=[1] * 4).state_dict()
+    state = mmdet_models().PyramidVisionTransformerV2(
+        embed_dims=8, num_layers=[1] * 4).state_dict()
     with pytest.raises(ConversionError, match='PVT v2'):
         convert(state, source_of('mmdet_pvt').twin())
