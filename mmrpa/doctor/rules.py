@@ -175,11 +175,13 @@ def _install_missing(facts: Facts, result: dict[str, Any], package: str = ''
 def matching_torchvision(torch: str) -> str:
     """The requirement for the torchvision of a torch, ``2.N`` to ``0.N+15``.
 
-    So it has been for all releases from torch 2.0 on.
+    So it was from torch 2.0 to 2.14; 0.29 goes with all later ones, too.
     """
     major, minor = _release(torch)
     if major != 2:
         return pin('torchvision')
+    if minor > 14:
+        return 'torchvision>=0.29'
     return f'torchvision==0.{minor + 15}.*'
 
 
