@@ -72,7 +72,8 @@ CUT = {
     'numpy': ('numpy/_core/_multiarray_umath*.so', 'numpy-broken'),
     'torchvision': ('torchvision/_C.so', 'torchvision-broken'),
 }
-# mmcv's ops: the command compiles them, for half an hour; it is not run here.
+# mmcv's ops: the command compiles them, for half an hour. It is run once, in
+# test_real_torch.py.
 OPS = {
     'mmcv-lite in the place of mmcv': (
         ['onedl-mmcv'], ['mmcv-lite==2.2.0'],
