@@ -491,7 +491,20 @@ def check_class_scores(sample, cfg: Config) -> None:
     assert sample.pred_label.item() == sample.pred_score.argmax().item()
 
 
-@pytest.mark.parametrize('name', CONFIGS)
+def once_a_kind() -> list:
+    """All configs; all but the smallest of a folder and method are long."""
+    seen, marked = set(), []
+    for name in reversed(CONFIGS):
+        path = Path(name)
+        method = re.sub(r'-(nano|tiny|small|medium|base|large)', '', path.stem)
+        kind = path.parent, method
+        marked.append(pytest.param(
+            name, marks=pytest.mark.long if kind in seen else []))
+        seen.add(kind)
+    return marked
+
+
+@pytest.mark.parametrize('name', once_a_kind())
 def test_one_step_and_one_prediction(name, tmp_path):
     cfg = load(name)
     shrink(cfg)

@@ -58,8 +58,8 @@ def wheel(tmp_path_factory):
 
 @pytest.mark.parametrize('host,name', [
     ('mmdet', 'RPSwin'),
-    ('mmdet', 'RPPVT'),
-    ('mmseg', 'RPCSWin'),
+    pytest.param('mmdet', 'RPPVT', marks=pytest.mark.long),
+    pytest.param('mmseg', 'RPCSWin', marks=pytest.mark.long),
     ('mmseg', 'RPDeiT'),
     ('mmpretrain', 'RPSwin'),
 ])  # yapf: disable

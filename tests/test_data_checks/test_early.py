@@ -213,6 +213,7 @@ def test_a_check_that_fails_ends_all_processes():
     assert second.startswith('RuntimeError: the first process failed to check')
 
 
+@pytest.mark.long
 def test_two_processes_end_with_one_message(make, tmp_path):
     """In a minute, before a dataset is built."""
     data = make('mmdet')

@@ -54,8 +54,8 @@ def test_sizes_are_what_a_check_needs():
 # All families are exported in test_real_models.py; an export takes 15 s.
 @needs_export
 @pytest.mark.parametrize('name', [
-    pytest.param(name, marks=[] if name in ('RPSwin', 'RPCSWin')
-                 else pytest.mark.long) for name in SMALL])
+    pytest.param(name, marks=[] if name == 'RPSwin' else pytest.mark.long)
+    for name in SMALL])
 def test_families_by_torch_export(name, tmp_path):
     """Read back and run by torch alone."""
     config = write_classifier(tmp_path, name, **SMALL[name])

@@ -14,7 +14,7 @@ SHARED_SM86 = 99 * 1024  # the least of all GPUs since sm_80
 
 
 @pytest.mark.parametrize('dtype,dims,m,capability', [
-    ('bfloat16', 32, 16, 90),
+    pytest.param('bfloat16', 32, 16, 90, marks=pytest.mark.long),
     pytest.param('float16', 64, 64, 80, marks=pytest.mark.long),
     ('float32', 128, 256, 80),
 ])
