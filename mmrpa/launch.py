@@ -83,6 +83,8 @@ def run(name: str, doc: str, argv: Sequence[str]) -> None:
     )
     from mmrpa.weights.files import CheckpointError
     protect_process()
+    if name == 'test':
+        _write_metrics_once()
     try:
         if cpu_timeout is not None:
             _run_on_cpu(script, cpu_timeout)
@@ -393,6 +395,18 @@ def _iter_sync_bn(node: object, key: str) -> Iterator[str]:
     elif isinstance(node, (list, tuple)):
         for i, child in enumerate(node):
             yield from _iter_sync_bn(child, f'{key}.{i}')
+
+
+def _write_metrics_once() -> None:
+    """Let the first process alone write the metrics of a test.
+
+    mmengine's LoggerHook writes them to one JSON file in all processes at
+    once, each with its own times. If two texts differ in length, the end of
+    the longer one can stay behind the shorter one.
+    """
+    from mmengine.dist import master_only
+    from mmengine.hooks import LoggerHook
+    LoggerHook.after_test_epoch = master_only(LoggerHook.after_test_epoch)
 
 
 def _run_on_cpu(script: Path, timeout: timedelta) -> None:

@@ -266,6 +266,7 @@ def run_tool(tmp_path):
 
     ``run_tool('train.py', ...)`` or ``run_tool('dist_train.sh', ...)``
     returns the CompletedProcess, with both outputs as text in ``stdout``.
+    Configs can import the modules in ``tmp_path``.
     """
     elsewhere = tmp_path / 'elsewhere'
     elsewhere.mkdir()
@@ -273,7 +274,8 @@ def run_tool(tmp_path):
     def run(tool: str, *args: object,
             env: dict | None = None) -> subprocess.CompletedProcess:
         start = [sys.executable] if tool.endswith('.py') else ['bash']
-        paths = [str(TOOLS.parent), os.environ.get('PYTHONPATH', '')]
+        paths = [str(TOOLS.parent), str(tmp_path),
+                 os.environ.get('PYTHONPATH', '')]
         settings = dict(
             PYTHONPATH=os.pathsep.join(p for p in paths if p),
             PYTHON=sys.executable,

@@ -15,6 +15,16 @@ from helpers import TOOLS
 from mmrpa.weights import read_checkpoint
 
 SHELL = ['dist_train.sh', 'dist_test.sh', 'slurm_train.sh', 'slurm_test.sh']
+# A module that a config imports; it notes who writes the metrics of a test.
+WRITERS = """\
+import os
+from mmengine.hooks import logger_hook
+dump = logger_hook.dump
+def noted(content, path):
+    open(path + '.rank' + os.environ['RANK'], 'w').close()
+    dump(content, path)
+logger_hook.dump = noted
+"""
 RECORDER = f"""\
 #!{sys.executable}
 import json, os, sys
@@ -87,7 +97,10 @@ def test_two_processes_train_as_one(nodes, alone, configs, data, write_config,
 
 def test_two_processes_train_and_test_a_detector(configs, data, write_config,
                                                  run_tool, tmp_path):
-    config = write_config(configs['mmdet'](data))
+    (tmp_path / 'note_writers.py').write_text(WRITERS)
+    content = dict(configs['mmdet'](data),
+                   custom_imports=dict(imports=['note_writers']))
+    config = write_config(content)
     work_dir = tmp_path / 'work dir'
     done = run_tool('dist_train.sh', config, 2, '--work-dir', work_dir)
     assert done.returncode == 0, done.stdout
@@ -98,6 +111,9 @@ def test_two_processes_train_and_test_a_detector(configs, data, write_config,
                     '--work-dir', tmp_path / 'test')
     assert done.returncode == 0, done.stdout
     result, = (tmp_path / 'test').glob('*/*.json')
+    # Two that write it at once can leave a text that is no JSON.
+    writer, = (tmp_path / 'test').glob('*/*.json.rank*')
+    assert writer.suffix == '.rank0'
     key = 'coco/bbox_mAP'
     assert json.loads(result.read_text())[key] == trained[-1][key]
 
