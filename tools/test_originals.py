@@ -34,8 +34,9 @@ LEFT_OUT = {
 _CLASS_WEIGHTS = ('mmsegmentation 1.2.2 cannot have class weights and ignored '
                   'pixels at once')
 DESELECTED = {
-    'test_configs.py::test_one_step_and_one_prediction[mmseg/quickstart/'
-    'rp-pvt-nano_upernet_1xb8-300_sample-128x128.py]': _CLASS_WEIGHTS,
+    'test_configs/test_config_steps.py::test_one_step_and_one_prediction'
+    '[mmseg/quickstart/rp-pvt-nano_upernet_1xb8-300_sample-128x128.py]':
+    _CLASS_WEIGHTS,
     'test_reliability/test_killed.py::test_one_kill': _CLASS_WEIGHTS,
     'test_doctor/test_crafted.py::test_tested_environment_has_no_problems':
     'of the tested set, this is another',
