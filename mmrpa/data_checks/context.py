@@ -64,12 +64,15 @@ class Usage(NamedTuple):
         consumers (tuple[Consumer]): What is given the labels of the maps in
             these splits; empty if that is not known.
         ignorable (frozenset[int]): Labels that may be ignored in that case.
+        paddings (tuple[tuple[str, int]]): Where a training pads label maps,
+            and with which label.
     """
 
     splits: tuple[str, ...] = ()
     metrics: tuple[Mapping, ...] = ()
     consumers: tuple[Consumer, ...] = ()
     ignorable: frozenset[int] = frozenset()
+    paddings: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass

@@ -183,6 +183,7 @@ NOTES = {
     'unchecked': 'not checked',
     'sampled': 'checked in part',
     'batch': 'effective batch',
+    'padding': 'a label of padding that a loss would stop at',
     'no-annotations': 'images without annotations',
     'crowd-only': 'images with crowd annotations only',
     'filtered-image': 'images that filter_cfg leaves out',

@@ -1,9 +1,10 @@
-"""Which labels the heads of a segmentor and the metrics ignore."""
+"""Which labels heads and metrics ignore, and which padding brings in."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from ..preflight import type_name
+from .loaders import step_name
 
 _HEADS = ('decode_head', 'auxiliary_head')
 # A head that makes labels of its own from those of the maps: boundaries.
@@ -11,7 +12,9 @@ _MAKES_LABELS = ('STDCHead', )
 # Losses that go by an argument of their own and not by that of the head.
 _OWN_SETTINGS = {'TverskyLoss': 'ignore_index',
                  'OhemCrossEntropy': 'ignore_label'}
-_DEFAULT = 255  # of all heads, losses and metrics of mmseg
+_DEFAULT = 255  # of all heads, losses, metrics and paddings of mmseg
+# Transforms that pad label maps, by an argument of this name.
+_PADDING_STEPS = ('RandomRotate', 'RandomMosaic')
 
 
 class Consumer(NamedTuple):
@@ -50,6 +53,34 @@ def find_metrics(cfg: Mapping, split: str) -> Iterator[tuple[str, Mapping]]:
     """Yield (dotted key, settings) of the evaluators of a split."""
     key = f'{split}_evaluator'
     yield from _items(cfg.get(key), key)
+
+
+def find_paddings(cfg: Mapping, steps: Iterable[Mapping]
+                  ) -> Iterator[tuple[str, int]]:
+    """Yield where a training pads label maps, and with which label.
+
+    Args:
+        cfg (Mapping): The config.
+        steps (Iterable[Mapping]): The transforms of its training.
+    """
+    model = cfg.get('model')
+    place, holder = 'model.', model if isinstance(model, Mapping) else {}
+    if holder.get('data_preprocessor') is None:
+        place, holder = '', cfg  # the Runner gives it to the model
+    settings = holder.get('data_preprocessor')
+    if (isinstance(settings, Mapping)
+            and type_name(settings) == 'SegDataPreProcessor'):
+        yield (f'{place}data_preprocessor.seg_pad_val',
+               settings.get('seg_pad_val', _DEFAULT))
+    for step in steps:
+        name = step_name(step)
+        if name in _PADDING_STEPS:
+            yield f'seg_pad_val of {name}', step.get('seg_pad_val', _DEFAULT)
+        elif name == 'Pad':
+            value = step.get('pad_val')
+            # One number is for the image alone.
+            yield "pad_val['seg'] of Pad", value.get(
+                'seg', _DEFAULT) if isinstance(value, Mapping) else _DEFAULT
 
 
 def _of_heads(node: Any, key: str) -> Iterator[Consumer]:

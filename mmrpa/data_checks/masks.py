@@ -131,6 +131,8 @@ class _LabelCheck:
         """Read all pairs and judge them together."""
         sampled = self.context.is_sampled(len(self.pairs))
         self._check_pipeline()
+        if self.names:
+            self._note_paddings()
         reader = self.context.image_reader()
         decoder = map_decoder(self.context.steps)
 
@@ -161,6 +163,20 @@ class _LabelCheck:
                     'reduce-zero-label', 'reduce_zero_label is '
                     f'{self.reduced} of the dataset and {value} of '
                     'LoadAnnotations, which stops with an assertion')
+
+    def _note_paddings(self) -> None:
+        """Note what would stop the loss as soon as an image is padded."""
+        for key, label in dict.fromkeys(self.context.usage.paddings):
+            refusing = [
+                str(consumer) for consumer in self.context.usage.consumers
+                if consumer.key.startswith('model.')
+                and consumer.ignored != label
+            ]
+            if refusing and not 0 <= label < self.num_classes:
+                self.context.note(
+                    'padding', f'{key}={label} is the label of what is padded:'
+                    f' no class, and not ignored by {", ".join(refusing)}. '
+                    'The loss stops at the first image that is padded')
 
     def _check_map(self, path: str, facts: ImageFacts,
                    size: tuple[int, int] | None) -> None:

@@ -18,7 +18,7 @@ from .coco import check_coco
 from .context import Context, Histogram, Options, Usage
 from .findings import PROBLEMS, Findings
 from .folders import check_folders
-from .ignored import find_consumers, find_metrics
+from .ignored import find_consumers, find_metrics, find_paddings
 from .masks import check_label_maps
 
 # What a dataset raises of arguments that it refuses, or that have a type or
@@ -122,7 +122,9 @@ def check_data(cfg: Mapping, splits: Sequence[str] = ('train', 'val'),
                   for _, metric in find_metrics(cfg, split)),
             tuple(consumer for split in used_in
                   for consumer in find_consumers(cfg, split)),
-            ignorable)
+            ignorable,
+            tuple(find_paddings(cfg, _steps(dataset.get('pipeline'))))
+            if 'train' in used_in else ())
         histogram = _check_dataset(where, dataset, scope, findings, options,
                                    usage)
         if histogram is not None:

@@ -5,10 +5,14 @@ import contextlib
 import numpy as np
 import pytest
 import torch
+from mmengine.structures import PixelData
 from mmseg.datasets import ADE20KDataset, BaseSegDataset, CityscapesDataset
 from mmseg.datasets.transforms import LoadAnnotations
 from mmseg.evaluation import IoUMetric
+from mmseg.models.data_preprocessor import SegDataPreProcessor
 from mmseg.models.losses import CrossEntropyLoss, OhemCrossEntropy, TverskyLoss
+from mmseg.registry import TRANSFORMS
+from mmseg.structures import SegDataSample
 from PIL import Image
 
 from mmrpa.data_checks import check_data
@@ -99,6 +103,76 @@ def test_as_the_metric_takes_it(cls, classes, reduced, ignored, tmp_path):
         assert bool(found) == lost, value
         seen.add(bool(lost))
     assert seen == {True, False}
+
+
+def pad_in_batch(labels: np.ndarray, **settings) -> torch.Tensor:
+    """What SegDataPreProcessor makes of a map."""
+    sample = SegDataSample(gt_sem_seg=PixelData(
+        data=torch.from_numpy(labels)[None]))
+    preprocessor = SegDataPreProcessor(size=(24, 24), **settings)
+    batch = dict(inputs=[torch.zeros(3, 16, 16)], data_samples=[sample])
+    return preprocessor(batch, True)['data_samples'][0].gt_sem_seg.data
+
+
+def pad_by(kind: str):
+    """A function that lets a transform pad a map."""
+
+    def pad(labels: np.ndarray, **settings) -> torch.Tensor:
+        data = dict(img=np.zeros((16, 16, 3), np.uint8), gt_seg_map=labels,
+                    seg_fields=['gt_seg_map'], img_shape=(16, 16))
+        if kind == 'RandomMosaic':
+            data['mix_results'] = [data.copy() for _ in range(3)]
+            settings.update(prob=1., img_scale=(24, 24),
+                            center_ratio_range=(0.5, 0.6))
+        else:
+            settings.update(dict(prob=1., degree=(45, 45)) if
+                            kind == 'RandomRotate' else dict(size=(24, 24)))
+        transform = TRANSFORMS.build(dict(type=kind, **settings))
+        return torch.from_numpy(transform.transform(data)['gt_seg_map'])[None]
+
+    return pad
+
+
+PADDINGS = {
+    'data_preprocessor': (pad_in_batch, 'seg_pad_val'),
+    'RandomRotate': (pad_by('RandomRotate'), 'seg_pad_val'),
+    'RandomMosaic': (pad_by('RandomMosaic'), 'seg_pad_val'),
+    'Pad': (pad_by('Pad'), 'pad_val'),
+}
+
+
+@pytest.mark.parametrize('ignored', [255, 0, 7])
+@pytest.mark.parametrize('label', [None, 7, 2])
+@pytest.mark.parametrize('name', PADDINGS)
+def test_padding_as_the_loss_takes_it(name, label, ignored, tmp_path):
+    """The label of padding is noted where it stops the loss; None: no label
+    is named, and the host takes its own."""
+    pad, argument = PADDINGS[name]
+    settings = {} if label is None else {
+        argument: dict(img=0, seg=label) if name == 'Pad' else label}
+    labels = pad(np.ones((16, 16), np.uint8), **settings).long()
+    assert (labels != 1).any()
+    stops = True
+    with contextlib.suppress(IndexError):
+        CrossEntropyLoss()(torch.zeros(1, 3, *labels.shape[1:]), labels,
+                           ignore_index=ignored)
+        stops = False
+    write(tmp_path, 1)
+    cfg = config('train', BaseSegDataset, ('a', 'b', 'c'), False, ignored,
+                 tmp_path)
+    if name == 'data_preprocessor':
+        cfg['model'][name] = dict(type='SegDataPreProcessor', **settings)
+    else:
+        cfg['train_dataloader']['dataset']['pipeline'].append(
+            dict(type=name, **settings))
+    report = check_data(cfg, ('train', ))
+    assert report.findings.problems == []
+    notes = [text for code, _, text in report.findings.notes
+             if code == 'padding']
+    assert len(notes) == stops
+    if stops:
+        assert f'model.decode_head (ignore_index={ignored})' in notes[0]
+        assert name in notes[0]
 
 
 def head(**settings) -> dict:

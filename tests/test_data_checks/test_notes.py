@@ -173,6 +173,15 @@ def images_that_others_replace(data):
     data.train.pipeline[0].ignore_empty = True
 
 
+@case('mmseg', 'padding', 'model.data_preprocessor.seg_pad_val=255 is the',
+      'not ignored by model.decode_head (ignore_index=9). The loss stops')
+def label_of_padding(data):
+    rewrite_maps(data, lambda x: np.maximum(x, 1))  # 0 is ignored as 255
+    data.cfg.model.decode_head.ignore_index = 9
+    data.cfg.model.data_preprocessor = dict(
+        data.cfg.model.data_preprocessor, seg_pad_val=255)
+
+
 @pytest.mark.parametrize('host, code, texts, change', CASES)
 def test_note(host, code, texts, change, make):
     data = make(host)
@@ -308,6 +317,8 @@ def ignored_label_of_head_and_metric(data):
         dataset = data.cfg[f'{split}_dataloader'].dataset
         dataset.reduce_zero_label = False
     data.cfg.model.decode_head.ignore_index = 20
+    data.cfg.model.data_preprocessor = dict(
+        data.cfg.model.data_preprocessor, seg_pad_val=20)
     data.cfg.val_evaluator.ignore_index = 20
 
 
