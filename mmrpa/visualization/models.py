@@ -242,13 +242,24 @@ class RoutingModel:
         return cls.own_attention if attention == 'own' else attention
 
     def _find_backbone(self) -> RPBackbone:
-        found = [module for module in self.model.modules()
-                 if isinstance(module, RPBackbone)]
+        """The one that a test uses, of a teacher and a student, too."""
+        model = self.model
+        semi = getattr(model, 'semi_test_cfg', None)
+        if semi is not None:  # of mmdet; what is no teacher is the student
+            teacher = semi.get('predict_on', 'teacher') == 'teacher'
+            model = model.teacher if teacher else model.student
+        found = {name: module for name, module in model.named_modules()
+                 if isinstance(module, RPBackbone)}
         if not found:
             backbone = getattr(self.model, 'backbone', None)
             raise ConfigError(_no_backbone(
                 self.config, type(backbone).__name__ if backbone else None))
-        return found[0]
+        names = list(found)
+        if len(names) > 1:
+            warnings.warn(f'{self.config}: its model has {len(names)} RP '
+                          f'backbones, what is shown is {names[0]!r} and not '
+                          f'{", ".join(map(repr, names[1:]))}', stacklevel=3)
+        return found[names[0]]
 
     def _load(self, checkpoint: str) -> None:
         state = read_checkpoint(checkpoint).state_dict

@@ -61,6 +61,15 @@ def test_torch_without_what_it_links_to(environment):
     assert environment.follow(found, 'torch-broken') == ['torch-broken']
 
 
+def test_torch_cut_short(environment):
+    """What a broken download leaves; torch's other packages are whole."""
+    environment.link_tested(owned=['torch']).cut('torch/lib/libtorch_cpu.so')
+    found = environment.findings()
+    assert next(iter(found)) == 'torch-broken'
+    assert 'the process crashed (SIG' in found['torch-broken']['text']
+    assert environment.follow(found, 'torch-broken') == ['torch-broken']
+
+
 def test_package_that_mmrpa_works_without_refuses_torch(environment):
     """No command is printed: what the user wants it for is not known."""
     environment.link_tested().install('torchaudio==2.9.1')

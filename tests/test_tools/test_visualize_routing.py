@@ -37,6 +37,39 @@ def tool():
     return load_tool('visualize_routing')
 
 
+def semi_supervised(config, folder, **settings):
+    """The config of a teacher and a student from that of a detector."""
+    cfg = Config.fromfile(config)
+    cfg.model = dict(
+        type='SemiBaseDetector', detector=cfg.model, semi_train_cfg={},
+        data_preprocessor=dict(
+            type='MultiBranchDataPreprocessor',
+            data_preprocessor=cfg.model.data_preprocessor), **settings)
+    cfg.dump(folder / 'semi.py')
+    return folder / 'semi.py'
+
+
+@pytest.mark.parametrize('part, settings', [
+    ('teacher', {}), ('teacher', dict(predict_on='teacher')),
+    ('student', dict(predict_on='student'))])
+def test_of_teacher_and_student_the_one_that_predicts(
+        part, settings, trained, image, tmp_path):
+    model = RoutingModel(semi_supervised(trained['mmdet'][0], tmp_path,
+                                         semi_test_cfg=settings))
+    ran = []
+    for name in ('teacher', 'student'):
+        getattr(model.model, name).backbone.register_forward_hook(
+            lambda *_, name=name: ran.append(name))
+    model.model.test_step(model.look(image).data)
+    assert ran == [part] * 2  # what look has shown, and the host's own test
+
+
+def test_first_of_several_backbones_is_named(trained, tmp_path):
+    with pytest.warns(UserWarning, match="has 2 RP backbones, what is shown "
+                      "is 'student.backbone' and not 'teacher.backbone'"):
+        RoutingModel(semi_supervised(trained['mmdet'][0], tmp_path))
+
+
 @pytest.mark.parametrize('flip', [False, True])
 @pytest.mark.parametrize('host', HOSTS)
 def test_pictures_lie_where_the_network_looked(host, flip, trained, image,
