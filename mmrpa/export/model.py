@@ -158,6 +158,7 @@ class ExportModel(nn.Module):
             std=self.std.flatten().tolist(),
             channel_order=self.channel_order,
             pad_size_divisor=self.pad_size_divisor,
+            pad_size=self.pad_size,
             windows=self.windows,
             classes=list(self.classes))
 
@@ -215,15 +216,30 @@ class ExportModel(nn.Module):
         # mmcv reads images as BGR, and all of these swap R and B.
         swaps = any(cfg.get(key) for key in (
             'bgr_to_rgb', 'rgb_to_bgr', 'to_rgb'))
+        values = {name: getattr(module, name, None)
+                  for name in ('mean', 'std')}
+        for step in source.normalizing_steps:
+            if values['mean'] is not None:
+                raise ConfigError(
+                    f'{source.config}: its test pipeline has a Normalize '
+                    'transform, beside another or the data_preprocessor that '
+                    'normalises, too. Keep one of them: a file can say one')
+            # Its numbers are for its own order, which may be swapped again.
+            values = {name: torch.from_numpy(getattr(step, name)).flip(
+                0 if swaps else ()) for name in values}
+            swaps = swaps != step.to_rgb
         self.channel_order = ('RGB' if swaps else 'BGR'
                               ) if self.input_channels == 3 else 'any'
         # mmseg pads in tests only where test_cfg says so.
-        padding = ((cfg.get('test_cfg') or {}).get('size_divisor')
-                   if self.scope == 'mmseg' else cfg.get('pad_size_divisor'))
+        test_cfg = cfg.get('test_cfg') or {}
+        padding = (test_cfg.get('size_divisor') if self.scope == 'mmseg' else
+                   cfg.get('pad_size_divisor'))
         self.pad_size_divisor = int(padding or 1)
+        size = test_cfg.get('size') if self.scope == 'mmseg' else None
+        self.pad_size = list(size or ())
         self.normalize = normalize
         for name, neutral in (('mean', 0.), ('std', 1.)):
-            value = getattr(module, name, None)
+            value = values[name]
             value = torch.tensor([neutral]) if value is None else value
             # Not persistent: the weights stay those of the host's model.
             self.register_buffer(

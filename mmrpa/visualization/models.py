@@ -171,6 +171,13 @@ class RoutingModel:
                              f'which has blocks 1 to {len(blocks)}')
         return Place(stage, range(len(blocks))[block])
 
+    @property
+    def normalizing_steps(self) -> List:
+        """mmcv's Normalize transforms in the test pipeline."""
+        from mmcv.transforms import Normalize
+        return [step for step in self._transforms
+                if isinstance(step, Normalize)]
+
     def look(self, path: str) -> View:
         """Show the model an image.
 

@@ -4,6 +4,8 @@ import errno
 import json
 import resource
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from export_models import (
@@ -27,6 +29,7 @@ from mmrpa.export import (
 )
 from mmrpa.export.check import check_program
 from mmrpa.preflight import ConfigError
+from mmrpa.visualization.models import RoutingModel
 
 DETECTOR = ROOT / ('configs/mmdet/quickstart/'
                    'mask-rcnn_rp-pvt-nano_fpn_1xb4_sample.py')
@@ -209,6 +212,43 @@ def test_channel_order_is_what_the_host_makes_of_bgr(flag, tmp_path):
     assert model.describe()['channel_order'] == order
 
 
+@pytest.mark.parametrize('to_rgb', [False, True])
+@pytest.mark.parametrize('swaps', [False, True])
+def test_pipeline_that_normalises(swaps, to_rgb, tmp_path):
+    """As configs of the 2.x releases of the hosts do."""
+    config = write_segmentor(tmp_path, data_preprocessor=dict(
+        type='SegDataPreProcessor', bgr_to_rgb=swaps))
+    cfg = Config.fromfile(config)
+    cfg.test_dataloader.dataset.pipeline.insert(1, dict(
+        type='Normalize', mean=[120., 110, 100], std=[60., 50, 40],
+        to_rgb=to_rgb))
+    cfg.dump(config)
+    model = ExportModel(str(config), normalize=True)
+    order = model.describe()['channel_order']
+    assert order == ('RGB' if swaps != to_rgb else 'BGR')
+    assert model.describe()['mean'] == ([100, 110, 120] if swaps else
+                                        [120, 110, 100])
+    # What the host makes of a file is what the export makes of its pixels.
+    bgr = np.random.default_rng(0).integers(0, 256, (40, 64, 3), np.uint8)
+    cv2.imwrite(str(tmp_path / 'image.png'), bgr)
+    view = RoutingModel(str(config)).look(str(tmp_path / 'image.png'))
+    want = model.model.data_preprocessor(view.data, False)['inputs']
+    pixels = torch.from_numpy(
+        bgr if order == 'BGR' else bgr[..., ::-1].copy()).float()
+    got = (pixels.permute(2, 0, 1)[None] - model.mean) / model.std
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
+def test_images_are_normalised_once(tmp_path):
+    config = write_segmentor(tmp_path)
+    cfg = Config.fromfile(config)
+    cfg.test_dataloader.dataset.pipeline.insert(1, dict(
+        type='Normalize', mean=[120., 110, 100], std=[60., 50, 40]))
+    cfg.dump(config)
+    with pytest.raises(ConfigError, match='has a Normalize transform, beside'):
+        ExportModel(str(config))
+
+
 def test_detector_inside_of_another_model_is_refused(tmp_path):
     """Which of the two, and where is what normalises its images?"""
     mmdet_models()
@@ -259,6 +299,18 @@ def test_padding_of_a_segmentor_is_that_of_its_tests(divisor, tmp_path):
     assert multiple == (divisor or 1)
     assert data['inputs'].shape[2:] == tuple(
         -(-side // multiple) * multiple for side in image.shape[1:])
+
+
+def test_fixed_size_of_the_tests_of_a_segmentor(tmp_path):
+    config = write_segmentor(tmp_path)
+    assert ExportModel(str(config)).describe()['pad_size'] == []
+    model = ExportModel(str(config), cfg_options={
+        'model.data_preprocessor.test_cfg': dict(size=(48, 80))})
+    assert model.describe()['pad_size'] == [48, 80]
+    from mmseg.structures import SegDataSample
+    data = model.model.data_preprocessor(dict(
+        inputs=[torch.zeros(3, 40, 70)], data_samples=[SegDataSample()]))
+    assert data['inputs'].shape[2:] == (48, 80)
 
 
 def test_windows_of_a_segmentor_are_in_the_metadata(tmp_path):
