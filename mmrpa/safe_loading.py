@@ -26,6 +26,7 @@ from urllib.parse import urlparse
 
 import torch
 
+from .earlier import find_earlier
 from .weights.files import (
     SAFETENSORS,
     CheckpointError,
@@ -267,6 +268,14 @@ def _newest_good(work_dir: Path) -> str | None:
             f'no checkpoint in {work_dir} is whole: {"; ".join(problems)}. '
             'Name another one (--resume FILE), or start anew in another '
             '--work-dir')
+    last, others = checkpoints_of_steps(work_dir)
+    if last is not None or others:  # then they are noted, see _candidates
+        newest = last or max(others, key=lambda path: path.stat().st_mtime_ns)
+        raise CheckpointError(
+            f'the checkpoints in {work_dir} are of an earlier training: the '
+            'one that was started last there had no --resume, and was ended '
+            'before it wrote any. Start it anew without --resume, or go on '
+            f'with the earlier one (--resume {newest})')
     unknown = sorted(map(str, work_dir.glob('*.pth')))
     if unknown:
         raise CheckpointError(
@@ -279,31 +288,50 @@ def _newest_good(work_dir: Path) -> str | None:
     return None
 
 
-def _candidates(work_dir: Path) -> list[str]:
-    """Checkpoints to go on from, the best first."""
+def checkpoints_of_steps(work_dir: Path) -> tuple[str | None, list[Path]]:
+    """All checkpoints in the folder that a training writes to.
+
+    Args:
+        work_dir (Path): The working directory.
+
+    Returns:
+        tuple: The one that ``last_checkpoint`` names, if it exists, or an
+        address of another storage; and, in no order, those whose names tell
+        the step, the former among them if its name does.
+    """
     try:
         named = (work_dir / 'last_checkpoint').read_text(
             encoding='utf-8', errors='replace').strip()
     except OSError:
         named = ''
     if '://' in named:
-        return [named]
+        return named, []
     # The folder may have been moved or copied since.
     last = next((path for path in (work_dir / Path(named).name, Path(named))
                  if named and os.path.exists(path)), None)
     folder = work_dir if last is None else last.parent
-    others = [path for path in folder.glob('*.pth')
-              if _STEP_NAME.fullmatch(path.name) and os.path.exists(path)]
-    if last is None:
+    return None if last is None else str(last), [
+        path for path in folder.glob('*.pth')
+        if _STEP_NAME.fullmatch(path.name) and os.path.exists(path)]
+
+
+def _candidates(work_dir: Path) -> list[str]:
+    """Checkpoints to go on from, the best first."""
+    last, others = checkpoints_of_steps(work_dir)
+    if last is not None and '://' in last:
+        return [last]
+    earlier = find_earlier(work_dir, others + ([Path(last)] if last else []))
+    others = [path for path in others if path not in earlier]
+    if last is None or Path(last) in earlier:
         # Its name was lost, or it was removed.
         others.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
         return [str(path) for path in others]
-    found = _STEP_NAME.fullmatch(last.name)
+    found = _STEP_NAME.fullmatch(Path(last).name)
     # A higher number is of another, earlier training in this folder.
     before = [path for path in others
               if found and path.name.startswith(found[1])
-              and _step(path) < _step(last)]
-    return [str(last), *map(str, sorted(before, key=_step, reverse=True))]
+              and _step(path) < _step(Path(last))]
+    return [last, *map(str, sorted(before, key=_step, reverse=True))]
 
 
 def _step(path: Path) -> int:

@@ -16,12 +16,14 @@ from typing import Any
 from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend
 from mmengine.hooks import CheckpointHook
-from mmengine.logging import print_log
+from mmengine.logging import MessageHub, print_log
 from mmengine.runner import Runner
 
+from ..earlier import note_earlier
 from ..registry import HOOKS
 from ..safe_loading import (
     CheckpointSaveError,
+    checkpoints_of_steps,
     find_refusal,
     use_safe_reader,
 )
@@ -100,6 +102,12 @@ class SafeCheckpointHook(CheckpointHook):
     - Checkpoints that ``max_keep_ckpts`` or a better ``save_best`` makes
       superfluous are removed after the new one is there; mmengine removes
       them before.
+    - The best checkpoint of a training that this one was copied from, or goes
+      on from by ``--resume FILE``, is not removed, nor are other files of a
+      number that stands in that file.
+    - ``save_best`` compares scores of one metric only.
+    - A training that starts anew among checkpoints notes these, and no
+      ``resume`` goes on with them by itself: see :mod:`mmrpa.earlier`.
     - If a checkpoint cannot be written, training stops with
       ``CheckpointSaveError``, which names the file, the reason and the last
       good checkpoint.
@@ -123,12 +131,29 @@ class SafeCheckpointHook(CheckpointHook):
         use_safe_reader()
 
     def before_train(self, runner) -> None:
-        """Find the folder, and clear what a killed process has left in it."""
+        """Find the folder, and whose the checkpoints in it are.
+
+        What a killed process has left in it is removed.
+        """
+        hub, most = runner.message_hub, self.max_keep_ckpts
+        self._superfluous = []
+        if most > 0 and 'keep_ckpt_ids' in hub.runtime_info:
+            # mmengine would remove what is too much at once.
+            steps = hub.get_info('keep_ckpt_ids')
+            self._superfluous = steps[:-most]
+            hub.update_info('keep_ckpt_ids', steps[-most:])
         super().before_train(runner)
         self._writing = self._refused = False
         backend = getattr(self.file_backend, 'client', self.file_backend)
         self._safe = (isinstance(backend, LocalBackend)
                       and isinstance(runner, Runner))
+        source = runner._load_from if runner._resume else None
+        elsewhere = source is not None and not self._is_here(source)
+        if elsewhere and 'keep_ckpt_ids' in hub.runtime_info:
+            self._superfluous = []
+            self.keep_ckpt_ids.clear()
+            hub.update_info('keep_ckpt_ids', [])
+        self._find_best()
         if not self._safe:
             what = (f'{type(runner).__name__} writes them'
                     if isinstance(backend, LocalBackend)
@@ -139,13 +164,77 @@ class SafeCheckpointHook(CheckpointHook):
         elif is_main_process():
             _clear(Path(self.out_dir), self.filename_tmpl)
             _clear(Path(runner.work_dir), 'last_checkpoint')
+            if elsewhere or not runner._resume:
+                _note_others(Path(runner.work_dir))
+            elif source is not None:  # the user has said what they are
+                note_earlier(Path(runner.work_dir), ())
+
+    def _is_here(self, path: str) -> bool:
+        """Whether a checkpoint is in the folder that is written to."""
+        folders = [os.path.dirname(path), self.out_dir.rstrip('/')]
+        if '://' not in path:
+            folders = [os.path.realpath(folder) for folder in folders]
+        return folders[0] == folders[1]
+
+    def _find_best(self) -> None:
+        """Take the best checkpoint for this training's own only if it is.
+
+        The path is that of the training in which it was saved.
+        """
+        if self.save_best is None:
+            return
+        if len(self.key_indicators) == 1:
+            self.best_ckpt_path = self._own(self.best_ckpt_path)
+        else:
+            self.best_ckpt_path_dict = {
+                key: self._own(path)
+                for key, path in self.best_ckpt_path_dict.items()}
+
+    def _own(self, path: str | None) -> str | None:
+        if path is None or self._is_here(path):
+            return path
+        copy = self.file_backend.join_path(self.out_dir,
+                                           os.path.basename(path))
+        if self.file_backend.exists(copy):
+            return copy
+        print_log(f'SafeCheckpointHook: the best checkpoint up to here, '
+                  f'{path}, is in another folder, and stays there when a '
+                  'better one is saved', logger='current')
+        return None
+
+    def _forget_other_metric(self, hub: MessageHub, metrics: dict) -> None:
+        """Drop the best score if it is of another metric.
+
+        With one metric the message hub does not say which; the file does.
+        """
+        if not self.save_best or len(self.key_indicators) > 1:
+            return
+        key = self.key_indicators[0]
+        key = next(iter(metrics)) if key == 'auto' else key
+        best = hub.runtime_info.get('best_ckpt')
+        if best is None or _pattern(
+                f'best_{key}_'.replace('/', '_'),
+                self.filename_tmpl).fullmatch(os.path.basename(best)):
+            return
+        for name in ('best_score', 'best_ckpt'):
+            hub.pop_info(name)
+        self.best_ckpt_path = None
+        print_log(f'SafeCheckpointHook: {best} was the best checkpoint by '
+                  f'another metric than {key}; it stays, and the best is '
+                  'looked for from here on', logger='current',
+                  level=logging.WARNING)
 
     def _save_checkpoint_with_step(self, runner, step: int,
                                    meta: dict) -> None:
         with self._safely(runner) as aside:
             super()._save_checkpoint_with_step(aside, step, meta)
+            for old in self._superfluous if is_main_process() else ():
+                self.file_backend.remove(self.file_backend.join_path(
+                    self.out_dir, self.filename_tmpl.format(old)))
+            self._superfluous = []
 
     def _save_best_checkpoint(self, runner, metrics: dict) -> None:
+        self._forget_other_metric(runner.message_hub, metrics)
         with self._safely(runner) as aside:
             super()._save_best_checkpoint(aside, metrics)
 
@@ -244,6 +333,26 @@ def _pointer_aside(pointer: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _pattern(prefix: str, template: str) -> re.Pattern:
+    """What fits a prefix and a ``filename_tmpl``, whatever the step."""
+    name = '.*'.join(map(re.escape, re.split(r'\{[^}]*\}', template)))
+    return re.compile(re.escape(prefix) + name)
+
+
+def _note_others(work_dir: Path) -> None:
+    """Note what an earlier training has left in the folder, and say so."""
+    last, paths = checkpoints_of_steps(work_dir)
+    if last is not None and os.path.isfile(last) and Path(last) not in paths:
+        paths.append(Path(last))
+    note_earlier(work_dir, [path for path in paths if path.is_file()])
+    if paths:
+        names = ', '.join(sorted(path.name for path in paths))
+        print_log(f'SafeCheckpointHook: {paths[0].parent} has checkpoints of '
+                  f'an earlier training, {names}. They are replaced when this '
+                  'one comes to their steps, and none is taken by --resume '
+                  'without a file', logger='current', level=logging.WARNING)
+
+
 def _clear(folder: Path, template: str) -> None:
     """Remove temporary files and folders that a killed process has left.
 
@@ -251,7 +360,7 @@ def _clear(folder: Path, template: str) -> None:
         folder (Path): Where checkpoints are written.
         template (str): ``filename_tmpl`` of the hook, or a file's name.
     """
-    name = '.*'.join(map(re.escape, re.split(r'\{[^}]*\}', template)))
+    name = _pattern('', template).pattern
     ours = re.compile(rf'\.(best_.*_)?{name}\.[0-9a-f]{{8}}\.tmp')
     for path in folder.glob('.*.tmp'):
         # Gone in the meantime, or of a user who may not be interfered with.

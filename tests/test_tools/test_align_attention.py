@@ -129,6 +129,24 @@ def test_interrupted_while_saving_and_resumed(tool, case, tmp_path, capsys):
         assert torch.equal(value, whole[name]), name
 
 
+def test_killed_before_its_first_checkpoint(tool, case, tmp_path, capsys):
+    """The weights of the run before it must not get its name."""
+    assert run(tool, case) == 0
+
+    def interrupt(self, runner):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PhaseHook, 'before_train_epoch', interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(tool, case, '--seed', 5)
+    capsys.readouterr()
+    case[-1] = tmp_path / 'resumed.pth'
+    assert run(tool, case, '--seed', 5, '--resume') == 2
+    assert 'are of an earlier training' in capsys.readouterr().err
+    assert not case[-1].exists()
+
+
 def test_killed_and_resumed(case, tool, tmp_path):
     """The real thing: SIGKILL at any point, here after an epoch."""
     command = [*case, '--work-dir', tmp_path / 'killed', *SCHEDULE,
