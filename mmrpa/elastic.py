@@ -107,7 +107,7 @@ def settle_resume(argv: list[str], config: str, cfg: Mapping,
     Returns:
         tuple: The arguments to use, and what to tell the user or None.
     """
-    from mmrpa.safe_loading import has_checkpoints
+    from mmrpa.resume_search import has_checkpoints
     folder = _folder(config, cfg, work_dir)
     if has_checkpoints(folder):
         return [*argv, '--cfg-options', 'load_from=None'], None

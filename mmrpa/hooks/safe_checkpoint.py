@@ -21,9 +21,9 @@ from mmengine.runner import Runner
 
 from ..earlier import note_earlier
 from ..registry import HOOKS
+from ..resume_search import checkpoints_of_steps
 from ..safe_loading import (
     CheckpointSaveError,
-    checkpoints_of_steps,
     find_refusal,
     use_safe_reader,
 )
@@ -111,8 +111,9 @@ class SafeCheckpointHook(CheckpointHook):
     - If a checkpoint cannot be written, training stops with
       ``CheckpointSaveError``, which names the file, the reason and the last
       good checkpoint.
-    - ``resume`` looks for the newest checkpoint that is whole, and files are
-      read without running code: see :mod:`mmrpa.safe_loading`.
+    - ``resume`` looks for the newest checkpoint that is whole
+      (:mod:`mmrpa.resume_search`), and files are read without running code
+      (:mod:`mmrpa.safe_loading`).
 
     That holds for checkpoints that are files in folders of this machine. As
     from ``CheckpointHook`` are: files on other storage; what

@@ -8,7 +8,7 @@ from small_training import Killed, Recorder, build, weight_files
 
 from mmrpa.earlier import find_earlier, note_earlier
 from mmrpa.hooks import SafeCheckpointHook
-from mmrpa.safe_loading import has_checkpoints, newest_good_checkpoint
+from mmrpa.resume_search import has_checkpoints, newest_good_checkpoint
 from mmrpa.weights import CheckpointError
 
 

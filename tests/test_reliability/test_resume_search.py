@@ -9,12 +9,9 @@ import pytest
 import torch
 from small_training import Recorder, build, damage, weight_files
 
-from mmrpa import safe_loading
-from mmrpa.safe_loading import (
-    has_checkpoints,
-    newest_good_checkpoint,
-    read_training_checkpoint,
-)
+from mmrpa import resume_search
+from mmrpa.resume_search import has_checkpoints, newest_good_checkpoint
+from mmrpa.safe_loading import read_training_checkpoint
 from mmrpa.weights import CheckpointError
 
 
@@ -111,7 +108,7 @@ def test_a_disk_that_does_not_answer_stops_all_processes(where, work_dir,
     def fail(path, *args):
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
-    monkeypatch.setattr(safe_loading, where, fail)
+    monkeypatch.setattr(resume_search, where, fail)
     with pytest.raises(CheckpointError, match='Input/output error') as caught:
         newest_good_checkpoint(str(work_dir))
     assert '--resume FILE' in str(caught.value)
@@ -124,7 +121,7 @@ def test_an_earlier_training_is_not_gone_on_from(noted, pointer, tmp_path,
                                                  monkeypatch):
     """Its files lie between those of the newer one."""
     warnings = []
-    monkeypatch.setattr(safe_loading, '_warn', warnings.append)
+    monkeypatch.setattr(resume_search, 'warn', warnings.append)
     files = [(250, 1), (500, 2), (750, 3), (300, 11), (600, 12)]
     for step, minute in files:
         path = tmp_path / f'iter_{step}.pth'

@@ -14,9 +14,9 @@ from mmengine.config import Config
 from small_training import Killed, Recorder, build, weight_files
 
 from mmrpa.hooks import safe_checkpoint
+from mmrpa.resume_search import newest_good_checkpoint
 from mmrpa.safe_loading import (
     CheckpointSaveError,
-    newest_good_checkpoint,
     read_training_checkpoint,
 )
 from mmrpa.weights import CheckpointError

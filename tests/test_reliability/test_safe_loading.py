@@ -21,10 +21,10 @@ from mmengine.runner import (
 )
 
 from mmrpa import safe_loading
+from mmrpa.resume_search import newest_good_checkpoint
 from mmrpa.safe_loading import (
     forbid_unsafe,
     load_from_http,
-    newest_good_checkpoint,
     read_training_checkpoint,
     use_safe_reader,
 )
@@ -273,7 +273,7 @@ def test_a_cached_file_is_told_of(name, warned, saved, tmp_path, monkeypatch,
     lines, warnings = [], []
     monkeypatch.setattr('mmengine.logging.print_log',
                         lambda text, logger: lines.append(text))
-    monkeypatch.setattr(safe_loading, '_warn', warnings.append)
+    monkeypatch.setattr(safe_loading, 'warn', warnings.append)
     url = f'https://a.b/c/{path.name}'
     assert load_from_http(url, model_dir=str(tmp_path))['meta']['epoch'] == 1
     assert lines == [f'using the cached {path} for {url}']

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mmrpa.hooks import safe_checkpoint
-from mmrpa.safe_loading import has_checkpoints, newest_good_checkpoint
+from mmrpa.resume_search import has_checkpoints, newest_good_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 LEFT = '.{}.0123abcd.tmp'
