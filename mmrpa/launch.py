@@ -34,6 +34,7 @@ from mmrpa.preflight import (
     check_config,
     type_name,
 )
+from mmrpa.processes import check_launcher
 
 HOSTS = ('mmdet', 'mmseg', 'mmpretrain')
 # Not pip: it builds mmcv without its operators.
@@ -168,6 +169,8 @@ def _prepare(name: str, args: argparse.Namespace, argv: Sequence[str],
         process group if this is a distributed run on CPUs, else None, and
         what to tell the user when the disk is full.
     """
+    if not asks_help:
+        check_launcher(name, args.launcher)
     cfg = load_config(args.config, args.cfg_options)
     scope = cfg.get('default_scope')
     script = find_script(scope, name)

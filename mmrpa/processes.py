@@ -1,0 +1,68 @@
+"""What the processes of one run share, and who of them does what."""
+
+import os
+from typing import NamedTuple
+
+from mmrpa.preflight import ConfigError
+
+# Of each launcher: which process this is, of how many.
+_VARIABLES = (('pytorch', 'RANK', 'WORLD_SIZE'),
+              ('slurm', 'SLURM_PROCID', 'SLURM_STEP_NUM_TASKS'),
+              ('mpi', 'OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE'))
+
+
+class Started(NamedTuple):
+    """How this process was started.
+
+    Attributes:
+        launcher (str): Value for ``--launcher``.
+        rank (int): Which process this is, from 0.
+        size (int): How many there are, 2 or more.
+        variable (str): The environment variable that says how many.
+    """
+
+    launcher: str
+    rank: int
+    size: int
+    variable: str
+
+
+def find_started() -> Started | None:
+    """What the environment says of a start in several processes.
+
+    Returns:
+        Started | None: None if this process is alone.
+    """
+    for launcher, rank, size in _VARIABLES:
+        count = int(os.environ.get(size) or 1)
+        if os.environ.get(rank) and count > 1:
+            return Started(launcher, int(os.environ[rank]), count, size)
+    return None
+
+
+def check_launcher(name: str, launcher: str) -> None:
+    """Refuse several processes that would not know of each other.
+
+    Each would do the whole work, and all would write to one folder.
+
+    Args:
+        name (str): 'train' or 'test'.
+        launcher (str): Value of ``--launcher``.
+
+    Raises:
+        ConfigError: (a ValueError) ``launcher`` is 'none', and this is one of
+            several processes.
+    """
+    started = find_started()
+    if launcher != 'none' or started is None:
+        return
+    script = {
+        'pytorch': f', or start it by tools/dist_{name}.sh',
+        'slurm': f', or start it by tools/slurm_{name}.sh'
+    }.get(started.launcher, '')
+    raise ConfigError(
+        f'{started.variable}={started.size}: this is one of {started.size} '
+        f'processes, but without --launcher each would {name} all by itself, '
+        'and all would write to one work_dir. Add --launcher '
+        f'{started.launcher}{script}. (If this process is alone, unset '
+        f'{started.variable}.)')
