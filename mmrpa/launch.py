@@ -15,6 +15,7 @@ import runpy
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -82,15 +83,18 @@ def run(name: str, doc: str, argv: Sequence[str]) -> None:
         explain_refusal,
         protect_process,
     )
+    from mmrpa.testing import checked_tests
     from mmrpa.weights.files import CheckpointError
     protect_process()
     if name == 'test':
         _write_metrics_once()
+    checked = name == 'test' and not args.no_preflight
     try:
-        if cpu_timeout is not None:
-            _run_on_cpu(script, cpu_timeout)
-        else:
-            runpy.run_path(str(script), run_name='__main__')
+        with checked_tests() if checked else nullcontext():
+            if cpu_timeout is not None:
+                _run_on_cpu(script, cpu_timeout)
+            else:
+                runpy.run_path(str(script), run_name='__main__')
     except (CheckpointError, CheckpointSaveError, ConfigError) as error:
         _stop(f'{name}.py: error: {error}')
     except pickle.UnpicklingError as error:
