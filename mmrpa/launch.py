@@ -35,7 +35,7 @@ from mmrpa.preflight import (
     check_config,
     type_name,
 )
-from mmrpa.processes import check_launcher
+from mmrpa.processes import check_launcher, note_drawing
 
 HOSTS = ('mmdet', 'mmseg', 'mmpretrain')
 # Not pip: it builds mmcv without its operators.
@@ -156,6 +156,9 @@ def _parse(name: str, doc: str, argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument('--resume', nargs='?', const='auto')
     parser.add_argument('--auto-scale-lr', action='store_true')
     parser.add_argument('--no-validate', action='store_true')
+    if name == 'test':
+        parser.add_argument('--show', action='store_true')
+        parser.add_argument('--show-dir')
     # Our own flags are not the parser's: it would take the abbreviation
     # --no-p, which mmpretrain knows as --no-pin-memory, for ours.
     own = {flag[2:].replace('-', '_'): flag in argv for flag in _OWN_FLAGS}
@@ -183,6 +186,8 @@ def _prepare(name: str, args: argparse.Namespace, argv: Sequence[str],
         return script, host_argv, None, ''
     if name == 'test':
         check_checkpoint(args.checkpoint)
+        if args.show or args.show_dir:
+            note_drawing('--show-dir' if args.show_dir else '--show')
     if name == 'train':
         for path in _iter_pretrained(cfg.get('model')):
             check_checkpoint(path)

@@ -66,3 +66,18 @@ def check_launcher(name: str, launcher: str) -> None:
         'and all would write to one work_dir. Add --launcher '
         f'{started.launcher}{script}. (If this process is alone, unset '
         f'{started.variable}.)')
+
+
+def note_drawing(flag: str) -> None:
+    """Say, in the first process, that it alone draws its share of images.
+
+    The visualizers of all hosts do nothing in the other processes.
+
+    Args:
+        flag (str): What asks for images: '--show' or '--show-dir'.
+    """
+    started = find_started()
+    if started is not None and started.rank == 0:
+        print(f'mmrpa: {flag}: the first of {started.size} processes alone '
+              f'draws its images, one in {started.size}; tools/test.py in one '
+              'process, without --launcher, draws all', flush=True)

@@ -24,10 +24,10 @@ def call(tmp_path, monkeypatch, write_config):
     monkeypatch.setattr('mmengine.device.get_device', lambda: 'cuda')
     monkeypatch.setattr(launch.time, 'sleep', lambda seconds: None)
     monkeypatch.setattr(sys, 'argv', ['pytest'])
-    for name in VARIABLES:
-        monkeypatch.delenv(name, raising=False)
 
     def run(tool: str, environment: dict, *flags: str) -> None:
+        for name in VARIABLES:
+            monkeypatch.delenv(name, raising=False)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         paths = [config] if tool == 'train' else [config, checkpoint]
@@ -76,3 +76,25 @@ def test_processes_without_launcher(tool, environment, told, call, capsys):
 def test_processes_that_may_run(environment, flags, call, capsys):
     call('train', environment, *flags)
     assert 'the host runs' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('environment, launcher, told', [
+    (dict(TORCHRUN, RANK='0', LOCAL_RANK='0'), 'pytorch', '2'),
+    (SRUN, 'slurm', '8'), (MPIRUN, 'mpi', '4'),
+    # The first process of the second machine.
+    (dict(RANK='4', WORLD_SIZE='8', LOCAL_RANK='0'), 'pytorch', None),
+    (dict(RANK='0', WORLD_SIZE='1'), 'pytorch', None), ({}, 'none', None)])
+@pytest.mark.parametrize('flags', [['--show'], ['--show-dir', 'a b'],
+                                   ['--show-dir=a'], []], ids=str)
+def test_how_many_images_are_drawn(flags, environment, launcher, told, call,
+                                   capsys):
+    call('test', environment, '--launcher', launcher, *flags)
+    lines = [line for line in capsys.readouterr().out.splitlines()
+             if 'draws' in line]
+    if told is None or not flags:
+        assert not lines
+    else:
+        line, = lines
+        flag = flags[0].partition('=')[0]
+        assert line.startswith(f'mmrpa: {flag}: the first of {told} processes')
+        assert f'one in {told};' in line
