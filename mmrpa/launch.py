@@ -35,7 +35,7 @@ from mmrpa.preflight import (
     check_config,
     type_name,
 )
-from mmrpa.processes import check_launcher, note_drawing
+from mmrpa.processes import check_launcher, note_drawing, write_logs_once
 
 HOSTS = ('mmdet', 'mmseg', 'mmpretrain')
 # Not pip: it builds mmcv without its operators.
@@ -86,8 +86,7 @@ def run(name: str, doc: str, argv: Sequence[str]) -> None:
     from mmrpa.testing import checked_tests
     from mmrpa.weights.files import CheckpointError
     protect_process()
-    if name == 'test':
-        _write_metrics_once()
+    write_logs_once()
     checked = name == 'test' and not args.no_preflight
     try:
         with checked_tests() if checked else nullcontext():
@@ -407,18 +406,6 @@ def _iter_sync_bn(node: object, key: str) -> Iterator[str]:
     elif isinstance(node, (list, tuple)):
         for i, child in enumerate(node):
             yield from _iter_sync_bn(child, f'{key}.{i}')
-
-
-def _write_metrics_once() -> None:
-    """Let the first process alone write the metrics of a test.
-
-    mmengine's LoggerHook writes them to one JSON file in all processes at
-    once, each with its own times. If two texts differ in length, the end of
-    the longer one can stay behind the shorter one.
-    """
-    from mmengine.dist import master_only
-    from mmengine.hooks import LoggerHook
-    LoggerHook.after_test_epoch = master_only(LoggerHook.after_test_epoch)
 
 
 def _run_on_cpu(script: Path, timeout: timedelta) -> None:

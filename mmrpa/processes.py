@@ -81,3 +81,26 @@ def note_drawing(flag: str) -> None:
         print(f'mmrpa: {flag}: the first of {started.size} processes alone '
               f'draws its images, one in {started.size}; tools/test.py in one '
               'process, without --launcher, draws all', flush=True)
+
+
+def write_logs_once() -> None:
+    """Let the first process alone write and move what is one for all.
+
+    mmengine's LoggerHook does both in all processes at once. They write the
+    metrics of a test to one JSON file, each with its own times: if two texts
+    differ in length, the end of the longer one can stay behind the shorter
+    one. With ``out_dir`` they copy the same logs to one place, and with
+    ``keep_local=False`` remove them under each other's hands.
+    """
+    from mmengine.dist import is_main_process, master_only
+    from mmengine.hooks import LoggerHook
+    move = LoggerHook.after_run
+
+    def after_run(hook, runner) -> None:
+        if is_main_process():
+            move(hook, runner)
+        else:
+            runner.visualizer.close()
+
+    LoggerHook.after_test_epoch = master_only(LoggerHook.after_test_epoch)
+    LoggerHook.after_run = after_run

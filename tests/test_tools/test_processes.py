@@ -1,9 +1,12 @@
 """Several processes that train.py or test.py finds itself in."""
 
+import logging
 import sys
+from types import SimpleNamespace
 
 import pytest
 from helpers import load_tool
+from mmengine.hooks import LoggerHook
 
 from mmrpa import launch
 
@@ -24,6 +27,10 @@ def call(tmp_path, monkeypatch, write_config):
     monkeypatch.setattr('mmengine.device.get_device', lambda: 'cuda')
     monkeypatch.setattr(launch.time, 'sleep', lambda seconds: None)
     monkeypatch.setattr(sys, 'argv', ['pytest'])
+
+    monkeypatch.setattr(LoggerHook, 'after_run', LoggerHook.after_run)
+    monkeypatch.setattr(LoggerHook, 'after_test_epoch',
+                        LoggerHook.after_test_epoch)
 
     def run(tool: str, environment: dict, *flags: str) -> None:
         for name in VARIABLES:
@@ -98,3 +105,30 @@ def test_how_many_images_are_drawn(flags, environment, launcher, told, call,
         flag = flags[0].partition('=')[0]
         assert line.startswith(f'mmrpa: {flag}: the first of {told} processes')
         assert f'one in {told};' in line
+
+
+@pytest.mark.parametrize('keep_local', [False, True])
+@pytest.mark.parametrize('tool', ['train', 'test'])
+def test_the_first_process_alone_moves_the_logs(tool, keep_local, call,
+                                                tmp_path, monkeypatch):
+    log = tmp_path / 'run/time/a.log'
+    log.parent.mkdir(parents=True)
+    log.write_text('step 1')
+    moved = tmp_path / 'out/run/a.log'
+    closed = []
+    runner = SimpleNamespace(
+        _log_dir=str(log.parent), work_dir=str(tmp_path / 'run'),
+        timestamp='time', logger=logging.getLogger('test'),
+        visualizer=SimpleNamespace(close=lambda: closed.append(1)))
+    call(tool, {})
+    for rank in (1, 0):
+        monkeypatch.setattr('mmengine.dist.utils.get_rank',
+                            lambda group=None, rank=rank: rank)
+        hook = LoggerHook(out_dir=str(tmp_path / 'out'),
+                          keep_local=keep_local)
+        hook.before_run(runner)
+        hook.after_run(runner)
+        assert moved.exists() == (rank == 0)
+        assert log.exists() == (rank == 1 or keep_local)
+    assert moved.read_text() == 'step 1'
+    assert len(closed) == 2
