@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import nn
 
+from mmrpa.output_names import check_outputs
 from mmrpa.weights.files import CheckpointError
 
 
@@ -18,9 +19,10 @@ def checked_tests() -> Iterator[None]:
     """Check each test that mmengine starts within the ``with`` block.
 
     Its runners load the weights before they read the first image; these have
-    to fill the whole model then.
+    to fill the whole model then, and each image must get a file of its own.
 
     Raises:
+        ConfigError: (a ValueError) See :func:`.check_outputs`.
         CheckpointError: (a ValueError) When the weights are loaded, in all
             processes: tensors of the model are not in the file, or have
             another shape there.
@@ -42,6 +44,7 @@ def _checked(load: Callable) -> Callable:
 
     @functools.wraps(load)
     def checked_load(runner, filename, *args, **kwargs):
+        check_outputs(runner)
         with _whole_weights(runner.model, filename):
             return load(runner, filename, *args, **kwargs)
 

@@ -6,7 +6,8 @@ flags that it knows (--work-dir, --out, --show-dir, --tta, --launcher,
 CHECKPOINT, a file or a URL, come first. Before that, dataset paths, classes
 and num_classes are checked, and before the first image that CHECKPOINT fills
 the whole model: it may hold more, but a model whose head stays random is not
-tested.
+tested. Nor are images of one name in several folders, which --show-dir and
+mmseg's --out would write to one file.
 
   --no-preflight   leave out these checks
   --allow-subset   accept COCO files with more categories than the config has
