@@ -15,6 +15,7 @@ import runpy
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,6 +35,7 @@ from mmrpa.preflight import (
     check_config,
     type_name,
 )
+from mmrpa.processes import check_launcher, note_drawing, write_logs_once
 
 HOSTS = ('mmdet', 'mmseg', 'mmpretrain')
 # Not pip: it builds mmcv without its operators.
@@ -81,15 +83,17 @@ def run(name: str, doc: str, argv: Sequence[str]) -> None:
         explain_refusal,
         protect_process,
     )
+    from mmrpa.testing import checked_tests
     from mmrpa.weights.files import CheckpointError
     protect_process()
-    if name == 'test':
-        _write_metrics_once()
+    write_logs_once()
+    checked = name == 'test' and not args.no_preflight
     try:
-        if cpu_timeout is not None:
-            _run_on_cpu(script, cpu_timeout)
-        else:
-            runpy.run_path(str(script), run_name='__main__')
+        with checked_tests() if checked else nullcontext():
+            if cpu_timeout is not None:
+                _run_on_cpu(script, cpu_timeout)
+            else:
+                runpy.run_path(str(script), run_name='__main__')
     except (CheckpointError, CheckpointSaveError, ConfigError) as error:
         _stop(f'{name}.py: error: {error}')
     except pickle.UnpicklingError as error:
@@ -151,6 +155,9 @@ def _parse(name: str, doc: str, argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument('--resume', nargs='?', const='auto')
     parser.add_argument('--auto-scale-lr', action='store_true')
     parser.add_argument('--no-validate', action='store_true')
+    if name == 'test':
+        parser.add_argument('--show', action='store_true')
+        parser.add_argument('--show-dir')
     # Our own flags are not the parser's: it would take the abbreviation
     # --no-p, which mmpretrain knows as --no-pin-memory, for ours.
     own = {flag[2:].replace('-', '_'): flag in argv for flag in _OWN_FLAGS}
@@ -168,6 +175,8 @@ def _prepare(name: str, args: argparse.Namespace, argv: Sequence[str],
         process group if this is a distributed run on CPUs, else None, and
         what to tell the user when the disk is full.
     """
+    if not asks_help:
+        check_launcher(name, args.launcher)
     cfg = load_config(args.config, args.cfg_options)
     scope = cfg.get('default_scope')
     script = find_script(scope, name)
@@ -176,6 +185,8 @@ def _prepare(name: str, args: argparse.Namespace, argv: Sequence[str],
         return script, host_argv, None, ''
     if name == 'test':
         check_checkpoint(args.checkpoint)
+        if args.show or args.show_dir:
+            note_drawing('--show-dir' if args.show_dir else '--show')
     if name == 'train':
         for path in _iter_pretrained(cfg.get('model')):
             check_checkpoint(path)
@@ -395,18 +406,6 @@ def _iter_sync_bn(node: object, key: str) -> Iterator[str]:
     elif isinstance(node, (list, tuple)):
         for i, child in enumerate(node):
             yield from _iter_sync_bn(child, f'{key}.{i}')
-
-
-def _write_metrics_once() -> None:
-    """Let the first process alone write the metrics of a test.
-
-    mmengine's LoggerHook writes them to one JSON file in all processes at
-    once, each with its own times. If two texts differ in length, the end of
-    the longer one can stay behind the shorter one.
-    """
-    from mmengine.dist import master_only
-    from mmengine.hooks import LoggerHook
-    LoggerHook.after_test_epoch = master_only(LoggerHook.after_test_epoch)
 
 
 def _run_on_cpu(script: Path, timeout: timedelta) -> None:
