@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ..registry import HOOKS
 from ..safe_loading import use_safe_reader
+from .due_validation import DueValidation
 from .resume_checks import (
     check_resumable,
     resumes,
@@ -195,6 +196,8 @@ class ExactResumeHook(Hook):
       anew, and train more steps in all.
     - The sampler's seed comes from the checkpoint, where mmengine leaves the
       one that the new process has drawn.
+    - A validation that was due at the checkpoint's step is run first, and
+      ``EarlyStoppingHook`` goes on counting.
 
     A resume stops with a :class:`~mmrpa.weights.CheckpointError` if the file
     has no state of the optimiser or the schedules, as ``best_*.pth``, or was
@@ -225,6 +228,7 @@ class ExactResumeHook(Hook):
         self._resumed: dict | None = None
         self._fits = True  # the checkpoint's epochs are as long as ours
         self._finish: Callable[[], None] | None = None
+        self._validation = DueValidation()
 
     def before_run(self, runner) -> None:
         """Take over the order of the batches, before any is loaded."""
@@ -233,6 +237,8 @@ class ExactResumeHook(Hook):
         self._fits = True
         if not trains(runner):
             return
+        if self._validation not in runner.hooks:
+            runner.register_hook(self._validation)
         loader = runner.train_loop.dataloader
         if loader.batch_sampler is None or isinstance(
                 loader.dataset, IterableDataset):
@@ -307,6 +313,10 @@ class ExactResumeHook(Hook):
                           data_batch: Any = None) -> None:
         """Seed the step."""
         seed_all(runner.seed, _STEP, runner.iter)
+
+    def after_val_epoch(self, runner, metrics: dict | None = None) -> None:
+        """Have the metrics noted before another hook acts upon them."""
+        self._validation.take_metrics(runner, metrics)
 
     def _restore(self, loader: DataLoader) -> None:
         """Take the sampler's seed, and compare the rest."""
