@@ -26,6 +26,7 @@ from ..registry import HOOKS
 from ..safe_loading import use_safe_reader
 from .due_validation import DueValidation
 from .resume_checks import (
+    check_processes,
     check_resumable,
     resumes,
     trains,
@@ -201,7 +202,9 @@ class ExactResumeHook(Hook):
 
     A resume stops with a :class:`~mmrpa.weights.CheckpointError` if the file
     has no state of the optimiser or the schedules, as ``best_*.pth``, or was
-    written with ``EMAHook`` and the config has none.
+    written with ``EMAHook`` and the config has none. A training
+    with DDP stops with the same error if its processes have loaded different
+    weights.
 
     For this the batch sampler of the training's data loader is wrapped, and
     the iterator of ``IterBasedTrainLoop`` replaced. Losses are not those of a
@@ -277,6 +280,7 @@ class ExactResumeHook(Hook):
 
     def before_train(self, runner) -> None:
         """Find the place in the data."""
+        check_processes(runner)
         if self._batches is None:
             return
         loop = runner.train_loop

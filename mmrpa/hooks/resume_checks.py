@@ -1,15 +1,22 @@
 """What is looked at before a training starts or goes on from a file.
 
-mmengine says nothing when a checkpoint lacks what a resume needs.
+mmengine says nothing when a checkpoint lacks what a resume needs, or when the
+processes of a training have read different files.
 """
 
+import hashlib
 import logging
 from typing import Any
 
+import torch
+from mmengine.dist import all_gather_object, get_world_size
 from mmengine.hooks import EMAHook
 from mmengine.logging import print_log
+from mmengine.model import MMSeparateDistributedDataParallel
 from mmengine.optim import OptimWrapperDict
 from mmengine.runner import BaseLoop
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..weights.files import CheckpointError
 
@@ -66,3 +73,44 @@ def check_resumable(runner: Any, checkpoint: dict) -> None:
             'have: the weights would be the averaged ones, and the '
             "optimiser's state that of others. Put EMAHook into "
             f'custom_hooks, or {start}')
+
+
+def check_processes(runner: Any) -> None:
+    """Refuse to train if the processes differ in their weights.
+
+    DDP hands the first one's weights to all when it is built, which is before
+    a file is loaded, and gradients alone from then on. Processes that read
+    different files of one name would train different models.
+
+    Args:
+        runner (Runner): All that is to be loaded is. What is not wrapped in
+            DDP is left alone: with FSDP, processes have different parts.
+
+    Raises:
+        CheckpointError: In all processes.
+    """
+    if get_world_size() == 1 or not isinstance(
+            runner.model, (DistributedDataParallel,
+                           MMSeparateDistributedDataParallel)):
+        return
+    mine = (_digest(runner.model.module), runner.epoch, runner.iter)
+    states = all_gather_object(mine)
+    if len(set(states)) > 1:
+        text = '; '.join(
+            f'rank {rank}: epoch {epoch}, step {step}, weights {digest[:8]}'
+            for rank, (digest, epoch, step) in enumerate(states))
+        raise CheckpointError(
+            f'the processes do not start from the same weights ({text}). Let '
+            'load_from, or the file to resume from, be the same file for all '
+            'of them: on a disk that all machines share, or copied to each')
+
+
+def _digest(model: nn.Module) -> str:
+    """A checksum of a model's parameters and buffers, names and all."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        if isinstance(value, Tensor):
+            digest.update(f'{name} {value.dtype} {value.shape}'.encode())
+            flat = value.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -6,6 +6,8 @@ import pytest
 import torch
 from mmengine.hooks import EMAHook
 from mmengine.optim import OptimWrapper, OptimWrapperDict
+from parallel_start import read_all_files
+from processes import run_in_processes
 from toy_training import Killed, Record, Toy, toy
 
 from mmrpa.weights import CheckpointError
@@ -109,3 +111,18 @@ def test_the_hook_without_averaged_weights_is_told_by_mmengine(tmp_path,
     runner.logger.addHandler(caplog.handler)
     runner.train()
     assert 'no `ema_state_dict` in checkpoint' in caplog.text
+
+
+# Processes that have read different files.
+
+
+def test_processes_with_different_weights_stop(tmp_path):
+    answers = run_in_processes(read_all_files, str(tmp_path))
+    assert answers[0] == answers[1]
+    assert answers[0].pop('same') == ''
+    for case, text in answers[0].items():
+        assert 'do not start from the same weights' in text, case
+        assert 'same file for all' in text
+    steps = answers[0]['steps']
+    assert 'rank 0: epoch 0, step 0' in steps
+    assert 'rank 1: epoch 0, step 1' in steps
