@@ -31,6 +31,7 @@ from .resume_checks import (
     resumes,
     trains,
     warn,
+    warn_of_changes,
 )
 
 STATE_KEY = 'mmrpa_resume'
@@ -202,9 +203,10 @@ class ExactResumeHook(Hook):
 
     A resume stops with a :class:`~mmrpa.weights.CheckpointError` if the file
     has no state of the optimiser or the schedules, as ``best_*.pth``, or was
-    written with ``EMAHook`` and the config has none. A training
-    with DDP stops with the same error if its processes have loaded different
-    weights.
+    written with ``EMAHook`` and the config has none. It warns of settings of
+    the optimiser and the schedules that the config has changed, because those
+    of the checkpoint are kept. A training with DDP stops with the same error
+    if its processes have loaded different weights.
 
     For this the batch sampler of the training's data loader is wrapped, and
     the iterator of ``IterBasedTrainLoop`` replaced. Losses are not those of a
@@ -276,6 +278,7 @@ class ExactResumeHook(Hook):
             return
         if isinstance(runner, Runner):  # others write other files
             check_resumable(runner, checkpoint)
+            warn_of_changes(runner, checkpoint)
         self._resumed = checkpoint.get(STATE_KEY, {})
 
     def before_train(self, runner) -> None:

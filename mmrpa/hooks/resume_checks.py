@@ -1,11 +1,15 @@
 """What is looked at before a training starts or goes on from a file.
 
-mmengine says nothing when a checkpoint lacks what a resume needs, or when the
-processes of a training have read different files.
+mmengine says nothing when a checkpoint lacks what a resume needs, when the
+config says something else than the checkpoint, or when the processes of a
+training have read different files.
 """
 
 import hashlib
+import inspect
 import logging
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,6 +23,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..weights.files import CheckpointError
+
+# Arguments of optimisers that change how a step is computed, not what it is,
+# and of schedules that say where they are.
+_NO_SETTINGS = frozenset((
+    'self', 'args', 'kwargs', 'params', 'optimizer', 'foreach', 'fused',
+    'capturable', 'differentiable', 'last_step', 'verbose'))
 
 
 def trains(runner: Any) -> bool:
@@ -73,6 +83,122 @@ def check_resumable(runner: Any, checkpoint: dict) -> None:
             'have: the weights would be the averaged ones, and the '
             "optimiser's state that of others. Put EMAHook into "
             f'custom_hooks, or {start}')
+
+
+def warn_of_changes(runner: Any, checkpoint: dict) -> None:
+    """Say which settings of the config a resume does not follow.
+
+    Args:
+        runner (Runner): Its optimiser and schedules are those of the config.
+        checkpoint (dict): Of which they will take the state.
+    """
+    for what, changes in (
+            ('optimiser', _optimizer_changes(runner, checkpoint)),
+            ('schedules', _schedule_changes(runner, checkpoint))):
+        text = '; '.join(changes)
+        if text:
+            warn(f'the {what} of the checkpoint and of this config differ, '
+                 f"and a resume keeps the checkpoint's: {text}. To train by "
+                 'the config, start a new training from the weights '
+                 '(load_from, without resume)')
+
+
+def _optimizer_changes(runner: Any, checkpoint: dict) -> Iterator[str]:
+    """Hyperparameters of which the config says something else."""
+    wrapper, saved = runner.optim_wrapper, checkpoint['optimizer']
+    if isinstance(wrapper, OptimWrapperDict):
+        pairs = [(f'{name}: ', inner.optimizer, saved[name])
+                 for name, inner in wrapper.items()]
+    else:
+        pairs = [('', wrapper.optimizer, saved)]
+    for name, optimizer, state in pairs:
+        new, old = optimizer.param_groups, state.get('param_groups', [])
+        if len(new) != len(old):
+            continue  # torch will refuse it
+        for key in _arguments(optimizer):
+            values = [(_start_value(a, key), _start_value(b, key))
+                      for a, b in zip(old, new, strict=True)
+                      if key in a and key in b]
+            differ = [pair for pair in values if pair[0] != pair[1]]
+            if differ:
+                where = (f' (in {len(differ)} of {len(new)} groups of '
+                         'parameters, this is the first)'
+                         if len(new) > 1 else '')
+                yield f'{name}{_compared(key, *differ[0])}{where}'
+
+
+def _start_value(group: dict, key: str) -> Any:
+    """A hyperparameter as it was before any schedule changed it."""
+    if key == 'betas' and 'initial_momentum' in group:
+        # A schedule of the momentum writes to the first beta.
+        return _plain((group['initial_momentum'], *group[key][1:]))
+    return _plain(group.get(f'initial_{key}', group[key]))
+
+
+def _schedule_changes(runner: Any, checkpoint: dict) -> Iterator[str]:
+    """Settings of schedules of which the config says something else."""
+    new, old = runner.param_schedulers, checkpoint.get('param_schedulers')
+    if not new or type(new) is not type(old):
+        return  # mmengine will refuse the latter
+    if isinstance(new, list):
+        new, old = {'': new}, {'': old}
+    for name, schedules in new.items():
+        states = old[name]
+        prefix = f'{name}: ' if name else ''
+        if len(schedules) != len(states):
+            yield (f'{prefix}{len(states)} schedules in the checkpoint, '
+                   f'{len(schedules)} in the config (they are matched in '
+                   'their order; more of the config start at its first step)')
+        # Not strict: just as mmengine matches them.
+        for number, (schedule, state) in enumerate(
+                zip(schedules, states, strict=False)):
+            text = _difference(runner, schedule, state)
+            if text:
+                yield (f'{prefix}schedule {number} '
+                       f'({type(schedule).__name__}): {text}')
+
+
+def _difference(runner: Any, schedule: Any, state: dict) -> str:
+    """How a schedule of the config differs from the one in a checkpoint."""
+    public = [{key for key in names if not key.startswith('_')}
+              for names in (state, schedule.state_dict())]
+    if public[0] != public[1]:
+        return ('in the checkpoint is one of another kind, with '
+                f'{", ".join(sorted(public[0] - public[1])) or "less"}')
+    own = vars(schedule)
+    keys = [key for key in (*_arguments(schedule), 'min_values')
+            if key in own and _plain(own[key]) != _plain(state[key])]
+    text = ', '.join(_compared(key, _plain(state[key]), _plain(own[key]))
+                     for key in keys)
+    unit, last = (('epoch', runner.max_epochs) if state['by_epoch'] else
+                  ('step', runner.max_iters))
+    if 'end' in keys and state['end'] < last:
+        text += (f'; it ends at {unit} {state["end"]}, and the training at '
+                 f'{last}: in between it changes nothing')
+    return text
+
+
+def _compared(key: str, old: Any, new: Any) -> str:
+    return f'{key}={old!r} in the checkpoint, {new!r} in the config'
+
+
+def _arguments(built: Any) -> list[str]:
+    """The names of an object's settings: arguments of its classes.
+
+    What else it has changes as training goes on.
+    """
+    names = [name for cls in type(built).__mro__
+             for name in inspect.signature(cls.__init__).parameters]
+    return [name for name in dict.fromkeys(names) if name not in _NO_SETTINGS]
+
+
+def _plain(value: Any) -> Any:
+    """A value that can be compared, however it was kept."""
+    if isinstance(value, Counter):  # milestones
+        return sorted(value.elements())
+    if isinstance(value, Tensor):
+        return value.tolist()
+    return list(value) if isinstance(value, (list, tuple)) else value
 
 
 def check_processes(runner: Any) -> None:
