@@ -9,7 +9,6 @@ with the right batch.
 """
 
 import itertools
-import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,11 +19,20 @@ from mmengine.dataset import InfiniteSampler
 from mmengine.dist import get_rank, get_world_size
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.runner import BaseLoop
+from mmengine.runner import Runner
 from torch.utils.data import DataLoader, IterableDataset
 
 from ..registry import HOOKS
 from ..safe_loading import use_safe_reader
+from .due_validation import DueValidation
+from .resume_checks import (
+    check_processes,
+    check_resumable,
+    resumes,
+    trains,
+    warn,
+    warn_of_changes,
+)
 
 STATE_KEY = 'mmrpa_resume'
 _STEP, _DATA, _ORDER = 0, 1, 2  # streams of seeds
@@ -190,6 +198,15 @@ class ExactResumeHook(Hook):
       anew, and train more steps in all.
     - The sampler's seed comes from the checkpoint, where mmengine leaves the
       one that the new process has drawn.
+    - A validation that was due at the checkpoint's step is run first, and
+      ``EarlyStoppingHook`` goes on counting.
+
+    A resume stops with a :class:`~mmrpa.weights.CheckpointError` if the file
+    has no state of the optimiser or the schedules, as ``best_*.pth``, or was
+    written with ``EMAHook`` and the config has none. It warns of settings of
+    the optimiser and the schedules that the config has changed, because those
+    of the checkpoint are kept. A training with DDP stops with the same error
+    if its processes have loaded different weights.
 
     For this the batch sampler of the training's data loader is wrapped, and
     the iterator of ``IterBasedTrainLoop`` replaced. Losses are not those of a
@@ -216,19 +233,22 @@ class ExactResumeHook(Hook):
         self._resumed: dict | None = None
         self._fits = True  # the checkpoint's epochs are as long as ours
         self._finish: Callable[[], None] | None = None
+        self._validation = DueValidation()
 
     def before_run(self, runner) -> None:
         """Take over the order of the batches, before any is loaded."""
         use_safe_reader()
         self._batches = self._resumed = self._finish = None
         self._fits = True
-        if not _trains(runner):
+        if not trains(runner):
             return
+        if self._validation not in runner.hooks:
+            runner.register_hook(self._validation)
         loader = runner.train_loop.dataloader
         if loader.batch_sampler is None or isinstance(
                 loader.dataset, IterableDataset):
-            _warn('train_dataloader has no batch sampler, so the images of a '
-                  'resumed training are not those that come next')
+            warn('train_dataloader has no batch sampler, so the images of a '
+                 'resumed training are not those that come next')
             return
         if isinstance(loader.batch_sampler, SeededBatches):
             self._batches = loader.batch_sampler
@@ -253,12 +273,17 @@ class ExactResumeHook(Hook):
                 **_layout(runner.train_loop.dataloader))
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
-        """Keep it until the number of steps is known."""
-        if getattr(runner, '_resume', False):
-            self._resumed = checkpoint.get(STATE_KEY, {})
+        """Look at what it has, and keep it until the step is known."""
+        if not resumes(runner):
+            return
+        if isinstance(runner, Runner):  # others write other files
+            check_resumable(runner, checkpoint)
+            warn_of_changes(runner, checkpoint)
+        self._resumed = checkpoint.get(STATE_KEY, {})
 
     def before_train(self, runner) -> None:
         """Find the place in the data."""
+        check_processes(runner)
         if self._batches is None:
             return
         loop = runner.train_loop
@@ -296,12 +321,16 @@ class ExactResumeHook(Hook):
         """Seed the step."""
         seed_all(runner.seed, _STEP, runner.iter)
 
+    def after_val_epoch(self, runner, metrics: dict | None = None) -> None:
+        """Have the metrics noted before another hook acts upon them."""
+        self._validation.take_metrics(runner, metrics)
+
     def _restore(self, loader: DataLoader) -> None:
         """Take the sampler's seed, and compare the rest."""
         saved = dict(self._resumed)
         if not saved:
-            _warn('the checkpoint was written without ExactResumeHook: what '
-                  'follows is not what would have followed, only as random')
+            warn('the checkpoint was written without ExactResumeHook: what '
+                 'follows is not what would have followed, only as random')
             return
         for sampler, seed in zip(
                 _samplers(loader), saved.pop('sampler_seeds', ()),
@@ -313,18 +342,18 @@ class ExactResumeHook(Hook):
                    for name in now if saved.get(name, now[name]) != now[name]]
         self._fits = not changed
         if changed:
-            _warn('this training differs from the one that wrote the '
-                  f'checkpoint ({"; ".join(changed)}), so it sees other '
-                  'images from here on')
+            warn('this training differs from the one that wrote the '
+                 f'checkpoint ({"; ".join(changed)}), so it sees other '
+                 'images from here on')
 
     def _skip_in_epoch(self, loop: Any) -> None:
         """Begin an epoch where the checkpoint has left it."""
         per_epoch = len(loop.dataloader)
         done = loop.iter - loop.epoch * per_epoch
         if not 0 <= done <= per_epoch:
-            _warn(f'the checkpoint has {loop.iter} steps in {loop.epoch} '
-                  f'epochs, which does not fit epochs of {per_epoch} steps; '
-                  f'epoch {loop.epoch + 1} starts from its beginning')
+            warn(f'the checkpoint has {loop.iter} steps in {loop.epoch} '
+                 f'epochs, which does not fit epochs of {per_epoch} steps; '
+                 f'epoch {loop.epoch + 1} starts from its beginning')
             return
         if not done:
             return
@@ -338,24 +367,14 @@ class ExactResumeHook(Hook):
         self._finish = lambda: vars(loop).pop('run_iter')
 
 
-def _trains(runner: Any) -> bool:
-    """Whether this run trains; the loop of one that tests is a config."""
-    return isinstance(getattr(runner, '_train_loop', None), BaseLoop)
-
-
-def _warn(text: str) -> None:
-    print_log(f'ExactResumeHook: {text}', logger='current',
-              level=logging.WARNING)
-
-
 def _warn_of_gradients(optim_wrapper: Any) -> None:
     """Tell of gradients that wait for others and are in no checkpoint."""
     done = getattr(optim_wrapper, '_inner_count', 0)
     counts = getattr(optim_wrapper, '_accumulative_counts', 1)
     if done % counts and done != getattr(optim_wrapper, '_max_counts', -1):
-        _warn(f'the gradients of {done % counts} of {counts} batches are not '
-              'in this checkpoint; let its interval be a multiple of '
-              f'accumulative_counts={counts}')
+        warn(f'the gradients of {done % counts} of {counts} batches are not '
+             'in this checkpoint; let its interval be a multiple of '
+             f'accumulative_counts={counts}')
 
 
 def _samplers(loader: DataLoader) -> list[Any]:
