@@ -13,7 +13,7 @@ import re
 import tempfile
 
 import torch
-from hypothesis import HealthCheck, configuration, settings
+from hypothesis import HealthCheck, configuration, given, settings
 from hypothesis import strategies as st
 
 # Hypothesis keeps tables of its own in a folder, else in the working tree.
@@ -39,7 +39,7 @@ ODD = st.one_of(
 
 @st.composite
 def mutated(draw, valid, odd=ODD, at_most=2):
-    """Arguments of which up to ``at_most`` are odd; some may be left out.
+    """Arguments of which up to ``at_most`` are odd.
 
     Returns:
         tuple[dict, set]: The arguments, and which of them are odd.
@@ -103,3 +103,21 @@ def attempt(call, args, also=(), accept=()):
                    for name in names), (
             f'{type(error).__name__} names none of {names}: {error}')
         return False, None
+
+
+def run(profile, check, strategy, right=False, least=1):
+    """Check examples; those that are right must not be refused.
+
+    Args:
+        profile (settings): ``SHORT`` or ``LONG``.
+        check (callable): Takes an example; tells whether the call gave a
+            result, which then was as it should be.
+        strategy (SearchStrategy): Of the examples.
+        right (bool): All examples have to give a result.
+        least (int): How many of them there have to be.
+    """
+    taken = []
+    profile(given(strategy)(lambda case: taken.append(bool(check(case)))))()
+    assert len(taken) >= least
+    assert all(taken) or not right, (
+        f'{sum(taken)} of {len(taken)} examples gave a result')

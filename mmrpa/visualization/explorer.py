@@ -373,9 +373,9 @@ class _Guard:
     """Refuse what this page has no use for, before gradio answers.
 
     Gradio's app also fetches web addresses for a browser (``/file=https:..``,
-    ``/proxy=..``). And a page of another site may reach this machine's
-    addresses by a name of its own (DNS rebinding): what listens to this
-    machine only answers to this machine's names only.
+    ``/file/https:..``, ``/proxy=..``). And a page of another site may reach
+    this machine's addresses by a name of its own (DNS rebinding): what listens
+    to this machine only answers to this machine's names only.
 
     Args:
         app: The ASGI app behind it.
@@ -401,8 +401,7 @@ class _Guard:
         name = urlsplit(f'//{host}').hostname
         path = scope['path'].lower()
         return (bool(self.hosts) and name not in self.hosts
-                or '/proxy=' in path
-                or '/file=' in path and '://' in path.split('/file=', 1)[1])
+                or '/proxy=' in path or '://' in path)
 
 
 def launch(page: Any, host: str, port: Optional[int], max_bytes: int,

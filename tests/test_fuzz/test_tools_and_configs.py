@@ -4,13 +4,14 @@ optimiser settings, and the command lines of the tools."""
 import contextlib
 import io
 import string
+import tempfile
+from pathlib import Path
 
 import fuzz
 import pytest
 import torch
 from fuzz import ODD, attempt, mutated, odd_tensors, tensors
 from helpers import TOOLS, load_tool
-from hypothesis import given
 from hypothesis import strategies as st
 from zoo import build
 
@@ -38,6 +39,19 @@ BACKBONES = {(family, attention): build(family, attention=attention)
 MODULES = st.sampled_from([*BACKBONES.values(), torch.nn.Linear(2, 2)])
 IMAGES = tensors(2, 3, 64, 64, dtype=torch.float32)
 ODD_PARTS = st.one_of(ODD, MODULES, odd_tensors())
+
+
+# What is read, in a folder that goes with this process.
+TEMPORARY = tempfile.TemporaryDirectory()
+FOLDER = TEMPORARY.name
+SUFFIXES = ('.pth', '.pt', '.safetensors')
+WRITTEN = [f'{FOLDER}/written{suffix}' for suffix in SUFFIXES]
+STATE = {'a.weight': torch.arange(6.).view(2, 3), 'a.bias': torch.ones(2)}
+META = dict(version='1', nested=dict(a=[1, None]))
+for _path in WRITTEN:
+    write_checkpoint(_path, STATE, META)
+JSON = st.one_of(st.none(), st.booleans(), st.integers(-9, 9),
+                 st.text(max_size=3), st.lists(st.integers(), max_size=2))
 
 
 def fresh(family, attention):
@@ -85,25 +99,46 @@ CALLS = {
         prefix=st.sampled_from([None, '', 'backbone.']),
         min_carried=st.floats(0, 1)), ODD),
     'read': (read_checkpoint, dict(
-        path=st.text(max_size=8), key=st.one_of(st.none(), st.text())), ODD),
+        path=st.sampled_from(WRITTEN), key=st.none()), st.one_of(
+            ODD, st.text(max_size=8))),
     'write': (write_checkpoint, dict(
-        path=st.sampled_from(['/no/such/folder/a.pth', 'a.txt']),
-        state_dict=st.dictionaries(st.text(max_size=3), odd_tensors(),
-                                   max_size=2),
-        meta=st.dictionaries(st.text(max_size=3), ODD, max_size=2)), ODD),
+        path=st.sampled_from([f'{FOLDER}/new{s}' for s in SUFFIXES]),
+        state_dict=st.dictionaries(st.text(max_size=3), tensors(2, 3),
+                                   min_size=1, max_size=2),
+        meta=st.dictionaries(st.text(max_size=3), JSON, max_size=2)),
+        st.one_of(ODD, st.sampled_from(['/no/such/folder/a.pth', 'a.txt']),
+                  st.dictionaries(st.text(max_size=3), st.one_of(
+                      ODD, odd_tensors()), max_size=2))),
 }
-# Those whose arguments are all right as long as none is odd.
-ALWAYS = ('hook', 'calibrate', 'carry', 'reduce', 'start', 'amp', 'arch')
+# Those of which a case can be wrong as a whole, though no argument is odd.
+NOT_ALWAYS = ('layer decay', 'convert')
 NAMED = (FileNotFoundError, CheckpointError, ConversionError)
 
 
 def check_call(name, case):
     call, _, _ = CALLS[name]
     args, odd = case
+    if name == 'write' and isinstance(args['path'], str):
+        Path(args['path']).unlink(missing_ok=True)
     also = ['optimizer', 'layer_decay_rate', 'checkpoint', 'output', 'tokens',
             'arch', 'custom_keys']
-    done, _ = attempt(call, args, also, NAMED)
-    assert done or odd or name not in ALWAYS, 'refused what is right'
+    done, result = attempt(call, args, also, NAMED)
+    assert done or odd or name in NOT_ALWAYS, 'refused what is right'
+    if done and name == 'read':
+        assert_same(result.state_dict, STATE)
+        assert result.meta == META
+    elif done and name == 'write' and args['state_dict']:
+        read = read_checkpoint(args['path'])
+        assert_same(read.state_dict, args['state_dict'])
+        assert read.meta == args['meta']
+    return done
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert found[key].dtype == value.dtype
+        assert torch.equal(found[key], value)
 
 
 KEYS = st.sampled_from([
@@ -213,18 +248,26 @@ def test_what_is_fuzzed_can_be_swapped():
         assert swap_backbone(cfg, 'rp_swin_tiny', report=None), model
 
 
+ARCHS = {'rp_swin_tiny': 'mmrpa.RPSwin', 'rp-pvt-tiny': 'mmrpa.RPPVT',
+         'rp_cswin_tiny': 'mmrpa.RPCSWin'}
+
+
 @st.composite
-def configs(draw):
-    """A config that could be swapped, with some of it replaced by junk."""
+def configs(draw, at_most):
+    """A config that can be swapped; with some of it junk if ``at_most``."""
     host, model = draw(st.sampled_from(BASE))
-    cfg = draw(_damaged(dict(TRAINING, model=model)))
+    training = draw(st.fixed_dictionaries({}, optional={
+        key: st.just(value) for key, value in TRAINING.items()}))
+    cfg = dict(training, model=model)
+    if at_most:
+        cfg = draw(_damaged(cfg))
+        if draw(st.booleans()):
+            cfg[draw(KEYS)] = draw(TREES)
     cfg['default_scope'] = host
-    if draw(st.booleans()):
-        cfg[draw(KEYS)] = draw(TREES)
-    return draw(mutated(dict(
-        cfg=st.just(cfg),
-        arch=st.sampled_from(['rp_swin_tiny', 'rp-pvt-tiny', 'rp_deit_tiny',
-                              'rp_swn'])), at_most=1))
+    return draw(mutated(
+        dict(cfg=st.just(cfg), arch=st.sampled_from(list(ARCHS))), st.one_of(
+            ODD, st.sampled_from(['rp_deit_tiny', 'rp_swn'])),
+        min(at_most, 1)))
 
 
 @st.composite
@@ -248,9 +291,10 @@ def check_swap(case):
         new = swap_backbone(report=None, **args)
     except SwapError as error:
         assert str(error)
-        return
+        return False
     model = new.model if 'backbone' in new.model else new.model.detector
-    assert model.backbone.type.startswith('mmrpa.RP')
+    assert model.backbone.type == ARCHS.get(args['arch'], 'mmrpa.RPDeiT')
+    return True
 
 
 PARSERS = sorted(
@@ -291,11 +335,14 @@ def check_command_line(case):
             LOADED[tool].parse_args(argv)
     except ValueError as error:
         assert str(error).startswith('--'), error  # main() prints it
+        return False
     except SystemExit as stop:
         assert stop.code in (0, 2), stop.code
         if stop.code == 2:
             last = err.getvalue().strip().splitlines()
             assert any('error:' in line for line in last)
+        return False
+    return True
 
 
 def test_some_tools_are_fuzzed():
@@ -303,20 +350,38 @@ def test_some_tools_are_fuzzed():
     assert all('--' in text for text in HELP.values())
 
 
-CHECKS = [
-    *((name, lambda case, name=name: check_call(name, case),
-       mutated(args, odd)) for name, (_, args, odd) in CALLS.items()),
-    ('swap', check_swap, configs()),
-    ('command line', check_command_line, command_lines())]
+def call_checks(name):
+    _, args, odd = CALLS[name]
+    return (lambda case: check_call(name, case),
+            lambda at_most: mutated(args, odd, at_most))
 
 
-@pytest.mark.parametrize(('check', 'strategy'), [c[1:] for c in CHECKS],
-                         ids=[c[0] for c in CHECKS])
+CHECKS = {**{name: call_checks(name) for name in CALLS},
+          'swap': (check_swap, configs)}
+
+
+@pytest.mark.parametrize('right', [True, False], ids=['right', 'odd'])
+@pytest.mark.parametrize('name', CHECKS)
 class TestEntryPoints:
 
-    def test_short(self, check, strategy):
-        fuzz.SHORT(given(strategy)(lambda case: check(case)))()
+    def test_short(self, name, right):
+        self.run(fuzz.SHORT, name, right)
 
     @pytest.mark.long
-    def test_long(self, check, strategy):
-        fuzz.LONG(given(strategy)(lambda case: check(case)))()
+    def test_long(self, name, right):
+        self.run(fuzz.LONG, name, right)
+
+    def run(self, profile, name, right):
+        check, calls = CHECKS[name]
+        fuzz.run(profile, check, calls(2 * (not right)),
+                 right and name not in NOT_ALWAYS)
+
+
+class TestCommandLines:
+
+    def test_short(self):
+        fuzz.run(fuzz.SHORT, check_command_line, command_lines())
+
+    @pytest.mark.long
+    def test_long(self):
+        fuzz.run(fuzz.LONG, check_command_line, command_lines())

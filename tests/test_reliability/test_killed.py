@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,8 @@ HOSTS = dict(
            PYRAMID, 'train_dataloader.batch_size=2', 'train_cfg.max_epochs=6',
            'train_cfg.val_interval=6'))
 STEPS = 60
+# Of the steps at which test_ten_kills kills.
+KILL_SEED = int(os.environ.get('KILL_SEED', '20260'))
 
 
 @pytest.fixture(scope='module')
@@ -111,7 +114,7 @@ def test_ten_kills(host, folder, capsys):
     finish(command(host, whole_dir), log)
     whole, = read_losses(whole_dir)
     assert list(whole) == list(range(1, STEPS + 1))
-    chance = random.Random(20260)
+    chance = random.Random(KILL_SEED)
     begun, kills = 0, []
     for number in range(10):
         step = min(begun + chance.randint(3, 9), STEPS - 1)
@@ -132,8 +135,9 @@ def test_ten_kills(host, folder, capsys):
         torch.testing.assert_close(ends[1]['state_dict'][name], value,
                                    rtol=0, atol=1e-5)
     with capsys.disabled():
-        print(f'\n{host}: killed at (and went on from) {kills}; '
-              f'largest difference of {sum(map(len, runs))} losses: {worst}')
+        print(f'\n{host}, KILL_SEED={KILL_SEED}: killed at (and went on '
+              f'from) {kills}; largest difference of '
+              f'{sum(map(len, runs))} losses: {worst}')
 
 
 def worker(launcher: subprocess.Popen, rank: int) -> int:
@@ -148,6 +152,31 @@ def worker(launcher: subprocess.Popen, rank: int) -> int:
                 f'LOCAL_RANK={rank}'.encode() in variables):
             return int(path.name)
     raise AssertionError(f'no process of rank {rank}')
+
+
+def marked(mark: str) -> list[int]:
+    """Processes that run with a text among their variables."""
+    found = []
+    for path in Path('/proc').glob('[0-9]*'):
+        try:
+            if mark.encode() in (path / 'environ').read_bytes():
+                found.append(int(path.name))
+        except OSError:  # it has just ended, or is another user's
+            continue
+    return found
+
+
+def wait_until_gone(mark: str, end: float, log: Path) -> None:
+    while marked(mark):
+        assert time.monotonic() < end, (
+            f'{marked(mark)} are left\n{log.read_text()}')
+        time.sleep(0.1)
+
+
+def kill_marked(mark: str) -> None:
+    for left in marked(mark):
+        with suppress(ProcessLookupError):
+            os.kill(left, signal.SIGKILL)
 
 
 def two_processes(work_dir: Path) -> list:
@@ -166,32 +195,27 @@ def kill_one(process: subprocess.Popen, work_dir: Path, log: Path) -> None:
 @pytest.mark.long
 def test_one_of_two_is_killed(folder):
     work_dir, log = folder / 'two', folder / 'two.log'
-    process = start(two_processes(work_dir), log)
+    mark = f'MMRPA_TEST_MARK={work_dir}'
+    process = start(two_processes(work_dir), log,
+                    MMRPA_TEST_MARK=str(work_dir))
     try:
+        wait_for(process, lambda: any(
+            4 in run for run in read_losses(work_dir)), log)
+        assert len(marked(mark)) >= 5  # torchrun, 2 ranks, a loader of each
         kill_one(process, work_dir, log)
         begin = time.monotonic()
         assert process.wait(60) != 0
         took = time.monotonic() - begin
+        wait_until_gone(mark, begin + 60, log)
     finally:
         stop_launcher(process)
+        kill_marked(mark)
     text = log.read_text()
     print(f'the other one ended within {took:.1f} s')
     assert 'Signal 9 (SIGKILL) received by PID' in text
     assert 'rank      : 1 (local_rank: 1)' in text
     for name in ('iter_3.pth', ):
         torch.load(work_dir / name, weights_only=False)
-
-
-def marked(mark: str) -> list[int]:
-    """Processes that run with a text among their variables."""
-    found = []
-    for path in Path('/proc').glob('[0-9]*'):
-        try:
-            if mark.encode() in (path / 'environ').read_bytes():
-                found.append(int(path.name))
-        except OSError:  # it has just ended, or is another user's
-            continue
-    return found
 
 
 @pytest.mark.long
@@ -208,12 +232,9 @@ def test_the_launcher_is_killed(folder):
     process.kill()
     process.wait()
     try:
-        while marked(mark):
-            assert time.monotonic() < begin + 60, log.read_text()
-            time.sleep(0.1)
+        wait_until_gone(mark, begin + 60, log)
     finally:
-        for left in marked(mark):
-            os.kill(left, signal.SIGKILL)
+        kill_marked(mark)
     print(f'all had ended after {time.monotonic() - begin:.1f} s')
     assert max(read_losses(work_dir)[0]) < 12  # not by having finished
     torch.load(work_dir / 'iter_3.pth', weights_only=False)

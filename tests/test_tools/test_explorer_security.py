@@ -1,6 +1,8 @@
 """What the server of the routing explorer takes from a browser."""
 
+import http.client
 import http.server
+import os
 import threading
 import uuid
 from pathlib import Path
@@ -94,25 +96,74 @@ def test_an_upload_is_answered(client, page, photo):
     assert '"success":true' in done and 'representative' in done
 
 
+def get(page, path: str) -> tuple[int, bytes]:
+    """Ask for a path as it is: httpx would resolve the dots in it."""
+    host = page.address.removeprefix('http://')
+    connection = http.client.HTTPConnection(host, timeout=30)
+    try:
+        connection.request('GET', path)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    finally:
+        connection.close()
+
+
+# gradio's routes to files; the second is the former name of the first.
+FILES = ['/gradio_api/file=', '/gradio_api/file/']
+STATIC = '/static/'
+# Relative paths start in the working folder or in gradio's.
+UP = '../' * max(len(path.parts) for path in (
+    Path.cwd(), Path(gradio.__file__) / 'templates/frontend/static'))
+CLIMBS = [UP, UP.replace('.', '%2e'), UP.replace('/', '%2f'),
+          UP.replace('.', '%2e').replace('/', '%2f')]
+
+
+@pytest.mark.parametrize('route', FILES)
+def test_uploads_are_served(route, client, page, photo):
+    """By all kinds of paths that are refused below."""
+    upload_path, = upload(client, photo).json()
+    folder = Path(upload_path).parent
+    below_root = upload_path.lstrip('/')
+    for path in (upload_path, os.path.relpath(upload_path),
+                 f'{folder}/../{folder.name}/{photo.name}',
+                 f'{folder}/%2e%2e/{folder.name}/{photo.name}',
+                 *(climb + below_root for climb in CLIMBS)):
+        assert get(page, route + path) == (200, photo.read_bytes()), path
+
+
+def test_files_of_gradio_are_served(page):
+    static = Path(gradio.__file__).parent / 'templates/frontend/static'
+    assert get(page, f'{STATIC}img/logo.svg') == (
+        200, (static / 'img/logo.svg').read_bytes())
+
+
 @pytest.mark.parametrize('path', [
-    '/etc/passwd', '../../../etc/passwd', '%2e%2e/%2e%2e/etc/passwd',
-    '..%2f..%2fetc%2fpasswd', '{checkpoint}', '{config}', '{photo}',
-    '{uploads}/../secret', '/proc/self/environ', '//etc/passwd',
-    'setup.cfg', '{cwd}/setup.cfg',
-    'https://example.com/a.png', 'HTTP://127.0.0.1/a.png'])
-@pytest.mark.parametrize('route', ['/gradio_api/file=', '/file=',
-                                   '/gradio_api/proxy='])
-def test_files_are_not_served(route, path, client, page, routing_models,
-                              photo):
+    '/etc/passwd', '//etc/passwd', '/proc/self/environ', 'setup.cfg',
+    '{cwd}/setup.cfg', '{checkpoint}', '{config}', '{photo}',
+    '{uploads}/../secret', '{uploads}/%2e%2e/secret',
+    *(f'{climb}etc/passwd' for climb in CLIMBS),
+    UP.replace('.', '%252e') + 'etc/passwd'])
+@pytest.mark.parametrize('route', [*FILES, STATIC])
+def test_files_are_not_served(route, path, page, routing_models, photo,
+                              monkeypatch):
+    monkeypatch.chdir(TOOLS.parent)
     config, checkpoint, _ = routing_models['mmseg']
     (page.uploads.parent / 'secret').write_text('confidential')
     path = path.format(config=config, checkpoint=checkpoint, photo=photo,
                        uploads=page.uploads, cwd=TOOLS.parent)
-    answer = client.get(route + path)
-    assert answer.status_code in (403, 404), (answer.status_code, answer.text)
-    if '://' in path:  # not even asked for
-        assert answer.text == 'Forbidden'
-    assert 'root:' not in answer.text and 'confidential' not in answer.text
+    status, text = get(page, route + path)
+    assert status in (403, 404), (status, text)
+    assert b'root:' not in text and b'confidential' not in text
+
+
+@pytest.mark.parametrize('address', [
+    'https://example.com/a.png', 'HTTP://127.0.0.1/a.png',
+    'https%3a%2f%2fexample.com/a.png', 'https:/%2Fexample.com/a.png',
+    '../https://example.com/a.png'])
+@pytest.mark.parametrize('route', [
+    *FILES, '/gradio_api/proxy=', '/gradio_api/Proxy=', '/file=', '/file/'])
+def test_addresses_are_not_asked_for(route, address, page):
+    assert get(page, route + address) == (403, b'Forbidden')
 
 
 @pytest.mark.parametrize('kind', ['passwd', 'image', 'state'])
