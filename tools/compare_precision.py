@@ -3,7 +3,8 @@
 The second and third by `tools/train.py CONFIG --amp`, on whatever is there:
 a GPU, or the CPU. All start from one classifier, with the same seed, data and
 steps, and are tested in float32. Ends with status 1 if a training met a loss
-that is not finite, or an AP differs by more than --tolerance from float32's.
+that is not finite, an AP differs by more than --tolerance from float32's, or
+float32 has no result or an AP of 0.
 What has been trained in the work folder before is not trained again.
 """
 
@@ -96,18 +97,28 @@ def read_losses(work_dir: Path) -> List[float]:
 
 
 def judge(results: Dict[str, dict], tolerance: float) -> List[str]:
-    """What is wrong: a sentence each."""
+    """What is wrong: a sentence each.
+
+    Without a float32 result, or where that has an AP of 0, there is nothing
+    to compare with, which is wrong too.
+    """
+    exact = results.get('float32', {}).get('metrics', {})
     wrong = []
+    if not exact:
+        wrong.append('float32: no result to compare with; train it by '
+                     '--precisions float32')
+    wrong += [f'float32: {title} is {value:.3f}, nothing to compare with'
+              for title, value in exact.items() if not value > 0]
     for precision, result in results.items():
         bad = sum(not math.isfinite(loss) for loss in result['losses'])
         if bad:
             wrong.append(f'{precision}: {bad} of {len(result["losses"])} '
                          'logged losses are not finite')
-        exact = results.get('float32', result)['metrics']
-        for title, value in result['metrics'].items():
-            if not abs(value - exact[title]) <= tolerance * exact[title]:
+        for title, goal in exact.items():
+            value = result['metrics'][title]
+            if goal > 0 and not abs(value - goal) <= tolerance * goal:
                 wrong.append(f'{precision}: {title} is {value:.3f}, in '
-                             f'float32 {exact[title]:.3f}')
+                             f'float32 {goal:.3f}')
     return wrong
 
 

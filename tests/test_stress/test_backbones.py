@@ -6,7 +6,19 @@ from statistics import median
 
 import pytest
 import torch
-from stress import BOUNDS, CASES, fits, push_keys, strain
+from stress import (
+    BOUNDS,
+    CANCELS,
+    EMPTY,
+    SUMS,
+    VANISHES,
+    OneRounding,
+    fits,
+    loss,
+    push_keys,
+    strain,
+)
+from stress import CASES as ALL_CASES
 from torch import nn
 from zoo import SMALL, build
 
@@ -16,6 +28,18 @@ from mmrpa.optim.half_operators import Float32Products
 
 long = pytest.mark.long
 DTYPES = [torch.bfloat16, torch.float16]
+# A norm makes the same of images of 1e-4 as of others.
+CASES = tuple(case for case in ALL_CASES if case != 'small')
+# What is listed (tests/stress.py), by case, and by family where it is one's:
+# in one and dead the routing is one-hot, on constant images all tokens but
+# those at borders are the same. An image of 1e-8 is mostly 0 in float16, and
+# an image of 1e4 makes RPDeiT's tokens so large that gradients inside are
+# 1e-7 of the last norm's.
+ANCHORS = {'attn.anchors': CANCELS}
+LISTED = {'one': ANCHORS, 'dead': ANCHORS, 'constant': ANCHORS}
+LISTED_FLOAT16 = {('large', RPDeiT): {'attn.anchors': VANISHES},
+                  ('tiny', RPDeiT): {'projection.weight': VANISHES},
+                  ('tiny', RPPVT): {'stem.norm.weight': EMPTY}}
 ARCHS = [(cls, arch) for cls in (RPDeiT, RPPVT, RPSwin, RPCSWin)
          for arch in cls.arch_zoo]
 # Every arch meets every case and both dtypes, the tiny ones all pairs.
@@ -25,12 +49,12 @@ RUNS = [pytest.param(cls, arch, case, dtype, id='-'.join(
         for cls, arch in ARCHS if arch == 'tiny' or (i + j) % 2]
 # At full size each arch meets one case, two of the tiny ones all; in minutes.
 # In float16 an image of 1e-8 is only 0 to some (``check_vanished``).
-# RPDeiT-B would need over 20 GB; RPDeiT-S, RPCSWin-S and -B take too long.
+# Not RPDeiT-B: RPDeiT-S, of half its width, takes 23 minutes and 9 GB.
 FULL_RUNS = [pytest.param(cls, arch, case, dtype, impl, id='-'.join(
                  (cls.__name__, arch, case, str(dtype)[6:], impl)))
              for n, (cls, arch) in enumerate(ARCHS)
              for i, case in enumerate(CASES)
-             if arch == 'tiny' or cls in (RPPVT, RPSwin)
+             if (cls, arch) != (RPDeiT, 'base')
              if i == n % 5 or arch == 'tiny' and cls in (RPPVT, RPSwin)
              for dtype in [DTYPES[case != 'tiny' and (i + n) % 2]]
              for impl in [('naive', 'fused')[(i // 2 + n) % 2]]]
@@ -80,6 +104,24 @@ def run(backbone, x, grads=None, amp=None):
         if p.grad is not None}
 
 
+def held_in(backbone, dtype):
+    """Let a float64 copy round what each module returns to half, forward.
+
+    Its operator is the naive one, whose steps OneRounding sees.
+    """
+    backbone = copy.deepcopy(backbone).double()
+
+    def hold(m, args, out):
+        return out + (out.to(dtype).to(out.dtype) - out).detach()
+
+    for m in backbone.modules():
+        if isinstance(m, RPAttention):
+            m.impl = 'naive'
+        if isinstance(m, (nn.Linear, nn.Conv2d, nn.LayerNorm)):
+            m.register_forward_hook(hold)
+    return backbone
+
+
 def check(backbone, case, dtype, modes, size):
     """Outputs and gradients near float64's.
 
@@ -93,39 +135,54 @@ def check(backbone, case, dtype, modes, size):
     backbone.to(dtype)
     x = images(case, *size).to(dtype)
     outs, grads, found = run(copy.deepcopy(backbone).double(), x.double())
-    scale = fits(found, dtype)
-    found = {name: scale * g for name, g in found.items()}
-    exact = dict({f'out {i}': o for i, o in enumerate(outs)}, **found)
-    grads = [scale * g for g in grads]
+    outs = {f'out {i}': o for i, o in enumerate(outs)}
+    listed = {**LISTED.get(case, {}), **(
+        LISTED_FLOAT16.get((case, type(backbone)), {})
+        if dtype == torch.float16 else {})}
+    moved = {}
+    if CANCELS in listed.values():
+        with OneRounding():
+            moved = run(held_in(backbone, dtype), x.double(), grads)[2]
     blocks = sum(len(stage.blocks) for stage in backbone.stages)
+    # What GradScaler starts from is 2**16.
+    scale = fits(found, dtype, 2.**16)
+    exact = dict(outs, **{n: scale * g for n, g in found.items()})
+    noise = {n: SUMS * scale * (m - found[n]).norm().item()
+             for n, m in moved.items()}
+    grads = [scale * g for g in grads]
     for mode in modes:
-        if mode == 'pure':
-            outs, _, found = run(backbone, x, grads)
-        else:
-            outs, _, found = run(copy.deepcopy(backbone).float(), x.float(),
-                                 grads, dtype)
-        actual = dict({f'out {i}': o for i, o in enumerate(outs)}, **found)
+        work = dtype if mode == 'pure' else torch.float32
+        done, _, actual = run(
+            copy.deepcopy(backbone).to(work), x.to(work), grads,
+            dtype if mode == 'autocast' else None)
         if dtype == torch.float16 and case == 'tiny' and isinstance(
                 backbone, (RPSwin, RPCSWin)):
-            check_vanished(outs)
-        else:
-            compare(mode, actual, exact, dtype, BOUNDS[dtype] * blocks**0.5)
+            check_vanished(done)
+            continue
+        actual = dict({f'out {i}': o for i, o in enumerate(done)}, **actual)
+        compare(mode, actual, exact, dtype, BOUNDS[dtype] * blocks**0.5,
+                listed, noise)
 
 
-def compare(mode, actual, exact, dtype, bound):
-    """Errors in units of the bound; gradients' as ``stress.check`` says."""
+def compare(mode, actual, exact, dtype, bound, listed, noise):
+    """Errors in units of the bound, each relative to the tensor itself.
+
+    Listed ones, whose name ends so, are allowed what ``stress.allowance``
+    allows; ``noise`` is that of those that cancel.
+    """
     assert actual.keys() == exact.keys()
-    largest = max(e.norm() for name, e in exact.items() if name[:4] != 'out ')
     errors = {}
     for name, e in exact.items():
         assert actual[name].isfinite().all(), (mode, name)
-        off = (actual[name].double() - e).norm()
-        if dtype == torch.float16:
-            off = (off - 2**-24 * e.numel()**0.5).clamp(min=0)
-        norm = e.norm()
-        if name[:4] != 'out ':
-            norm = norm.clamp(min=1e-3 * largest)
-        errors[name] = (off / norm / bound).item()
+        norm = e.norm().item()
+        allowed = 0.
+        for end, reason in listed.items():
+            if name.endswith(end):
+                allowed = norm if reason == EMPTY else loss(
+                    e, dtype if reason == VANISHES else actual[name].dtype)
+                allowed += noise[name] if reason == CANCELS else 0
+        off = (actual[name].double() - e).norm().item()
+        errors[name] = max(0, off - allowed) / (norm * bound)
     parts = [{n: e for n, e in errors.items() if n.startswith('out ') == part}
              for part in (True, False)]
     assert max(parts[0].values()) <= 1, (mode, parts[0])

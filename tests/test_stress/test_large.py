@@ -18,6 +18,8 @@ from strained import (
     DTYPES,
     FULL,
     HEADS,
+    LAYER_LISTED,
+    LISTED,
     SMALL,
     C,
     compare,
@@ -27,7 +29,15 @@ from strained import (
     run,
     run_layer,
 )
-from stress import BOUNDS, ROUNDING, largest_change, nudge
+from stress import (
+    BOUNDS,
+    CANCELS,
+    PROJECTED,
+    ROUNDING,
+    VANISHES,
+    largest_change,
+    nudge,
+)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmrpa.ops import distribute, gather, interact, rp_attention
@@ -114,7 +124,7 @@ def test_operator_where_winners_are_clear(dtype, hw_shape):
 
     tensors, tensors['qkv'] = without_ties(draw, hw_shape, ROUNDING)
     exact = compare(tensors, torch.randn(1, len(tensors['qkv'][0]), C).to(
-        dtype), dtype, ['naive', 'fused'], hw_shape)
+        dtype), dtype, ['naive', 'fused'], hw_shape, LISTED['winners'])
     assert exact['out'].abs().max() > 5e3
     # A one-hot softmax has no gradient; all else has one.
     for name, t in exact.items():
@@ -135,7 +145,8 @@ def test_layer_where_winners_are_clear(dtype, mode, hw_shape):
 
     layer, x = without_ties(draw, hw_shape, torch.finfo(dtype).eps / 2)
     compare_layer(layer.requires_grad_(), x, torch.randn(x.shape), dtype,
-                  [mode], ['naive', 'fused'], hw_shape)
+                  [mode], ['naive', 'fused'], hw_shape,
+                  LAYER_LISTED['winners'])
 
 
 @pytest.mark.parametrize(('dtype', 'impl', 'hw_shape'), [
@@ -160,8 +171,9 @@ def test_operator_with_logits_near_one(dtype, impl, hw_shape):
     for name, logits in logits_of(tensors).items():
         size = logits.abs().max() * (2**-26 if name == 'distribute' else 1)
         assert 0.1 < size < 10, name
-    exact = compare(tensors, grad.to(dtype), dtype, [impl], hw_shape,
-                    floor=0, scale=SCALE * 2**-26)
+    listed = dict.fromkeys('qk', VANISHES) if dtype == torch.float16 else {}
+    exact = compare(tensors, grad.to(dtype), dtype, [impl], hw_shape, listed,
+                    scale=SCALE * 2**-26)
     assert exact['out'].abs().max() > 5e3
     assert all(t.abs().max() > 0 for t in exact.values())
 
@@ -192,8 +204,8 @@ def test_representatives_that_float32_cannot_tell_apart(impl, hw_shape):
     weight = tensors['interact_weight']
     weight[:2] *= 2**-13
     scale = SCALE * 2**-26
-    # Relative to the largest gradient nothing is wrong.
-    compare(tensors, grad, torch.float32, [impl], hw_shape, scale=scale)
+    compare(tensors, grad, torch.float32, [impl], hw_shape, dict(q=CANCELS),
+            scale=scale)
 
     def in_float64(z):
         return interact(z, weight.double())
@@ -223,7 +235,13 @@ def test_layer_with_logits_near_one(dtype, mode, hw_shape):
     layer, x, grad = layer_and_tokens('large', hw_shape)
     with torch.no_grad():
         layer.qkv.weight *= 2**-10
-    compare_layer(layer, x, grad, dtype, [mode], ['naive', 'fused'], hw_shape)
+    # The routing's logits are up to 35 here: rounding K to bfloat16 moves
+    # them by 0.1, and the gradient of anchors by more than 1 %.
+    listed = dict(anchors=PROJECTED)
+    if dtype == torch.float16:
+        listed['x'] = VANISHES
+    compare_layer(layer, x, grad, dtype, [mode], ['naive', 'fused'], hw_shape,
+                  listed)
 
 
 def tie_all(q, k_rep):

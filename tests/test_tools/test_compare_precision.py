@@ -30,6 +30,38 @@ def test_what_is_wrong_is_said(tool):
         tool.format_table(good).splitlines())
 
 
+def test_nothing_to_compare_with_is_wrong(tool):
+    for alone in ({}, dict(bfloat16=result(0.)), dict(float16=result(0.5))):
+        assert tool.judge(alone, 0.1) == [
+            'float32: no result to compare with; train it by --precisions '
+            'float32']
+    same = dict(float32=result(0.), bfloat16=result(0.))
+    assert tool.judge(same, 0.1) == [
+        'float32: box mAP is 0.000, nothing to compare with']
+    nan = dict(float32=result(float('nan')))
+    assert tool.judge(nan, 0.1) == [
+        'float32: box mAP is nan, nothing to compare with']
+
+
+def test_status_without_float32(tool, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / 'bfloat16'
+    folder.mkdir()
+    (folder / 'result.json').write_text(json.dumps(result(0.5)))
+    checkpoint = tmp_path / 'classifier.pth'
+    checkpoint.touch()
+    monkeypatch.setattr(tool, 'make_sample_data', lambda folder: None)
+    monkeypatch.chdir(tmp_path)
+    argv = ['--work-dir', str(tmp_path), '--classifier', str(checkpoint),
+            '--precisions', 'bfloat16']
+    assert tool.main(argv) == 1
+    assert 'float32: no result' in capsys.readouterr().err
+    for precision in ('float32', 'float16'):
+        (tmp_path / precision).mkdir()
+        (tmp_path / precision / 'result.json').write_text(
+            json.dumps(result(0.5)))
+    assert tool.main(argv) == 0
+
+
 def test_losses_are_those_of_the_log(tool, tmp_path):
     folder = tmp_path / '2026/vis_data'
     folder.mkdir(parents=True)
