@@ -37,6 +37,7 @@ from .weights.files import (
 _FORBID = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
 _ALLOW = 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
 _STATISTICS = ('min', 'max', 'mean', 'current')
+_ANNEALINGS = ('_annealing_cos', '_annealing_linear')
 # What mmengine's checkpoints hold beside tensors and plain containers: the
 # history of the losses, best scores (numpy), metadata of datasets. Calling
 # them makes values and does nothing else.
@@ -61,7 +62,8 @@ def read_training_checkpoint(
     """Read a whole checkpoint: weights, optimiser, message hub and all.
 
     Beside tensors and plain containers, mmengine's ``HistoryBuffer`` and
-    ``ConfigDict``, numpy arrays and scalars, dates and paths are built.
+    ``ConfigDict``, numpy arrays and scalars, dates and paths are built, and
+    the function in the state of ``OneCycleLR`` is found.
 
     Args:
         path (str | Path): A ``.pth`` file on this machine, or a
@@ -281,7 +283,9 @@ def _without_program(checkpoint: Any) -> Any:
 @contextlib.contextmanager
 def allow_data_types() -> Iterator[None]:
     """Let torch's restricted unpickler build what trainings save."""
-    allowed = [(_statistic, 'builtins.getattr'), *_numpy_parts()]
+    allowed = [(_function, 'builtins.getattr'), *_numpy_parts(),
+               (_OneCycle, 'mmengine.optim.scheduler.param_scheduler.'
+                'OneCycleParamScheduler')]
     for module, name in _DATA_TYPES:
         with contextlib.suppress(ModuleNotFoundError):
             value = getattr(importlib.import_module(module), name)
@@ -290,12 +294,20 @@ def allow_data_types() -> Iterator[None]:
         yield
 
 
-def _statistic(owner: type, name: str) -> Callable:
-    """A statistic of HistoryBuffer, which it pickles as a ``getattr``.
+class _OneCycle:
+    """Stands in for the one-cycle schedule, which is not to be built."""
 
+
+def _function(owner: type, name: str) -> Callable:
+    """A function of a class, which is pickled as a ``getattr``.
+
+    That is a statistic of HistoryBuffer, or how a one-cycle schedule falls.
     The real ``getattr`` would hand out whatever hangs on an allowed class.
     """
     from mmengine.logging import HistoryBuffer
+    from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
+    if owner is _OneCycle and name in _ANNEALINGS:
+        return getattr(OneCycleParamScheduler, name)
     known = {*_STATISTICS, *HistoryBuffer._statistics_methods}
     if owner is not HistoryBuffer or name not in known:
         raise pickle.UnpicklingError(

@@ -208,7 +208,7 @@ class SafeCheckpointHook(CheckpointHook):
 
         With one metric the message hub does not say which; the file does.
         """
-        if not self.save_best or len(self.key_indicators) > 1:
+        if len(self.key_indicators) > 1:
             return
         key = self.key_indicators[0]
         key = next(iter(metrics)) if key == 'auto' else key
@@ -235,6 +235,8 @@ class SafeCheckpointHook(CheckpointHook):
             self._superfluous = []
 
     def _save_best_checkpoint(self, runner, metrics: dict) -> None:
+        if not self.save_best:  # not only in trainings
+            return
         self._forget_other_metric(runner.message_hub, metrics)
         with self._safely(runner) as aside:
             super()._save_best_checkpoint(aside, metrics)

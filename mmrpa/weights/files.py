@@ -77,10 +77,15 @@ class _Inert:
         pass
 
 
-# ``builtins.getattr`` is how protocol 2 stores HistoryBuffer's methods: by
-# the stand-in they become nothing, and nothing is looked up.
+# ``builtins.getattr`` is how protocol 2 stores functions of the two classes
+# before it: by the stand-in they become nothing, and nothing is looked up.
 _STAND_INS = ('mmengine.logging.history_buffer.HistoryBuffer',
-              'builtins.getattr', 'numpy.ndarray', 'numpy.dtype',
+              'mmengine.optim.scheduler.param_scheduler.'
+              'OneCycleParamScheduler', 'builtins.getattr',
+              'mmengine.config.config.ConfigDict', 'builtins.slice',
+              *(f'datetime.{name}' for name in
+                ('datetime', 'date', 'timedelta', 'timezone')),
+              'numpy.ndarray', 'numpy.dtype',
               *(f'numpy.{core}.multiarray.{name}' for core in
                 ('core', '_core') for name in ('_reconstruct', 'scalar')),
               'argparse.Namespace', 'pathlib.PosixPath',

@@ -212,6 +212,15 @@ def test_old_ones_go_after_the_new_one_is_there(tmp_path, monkeypatch):
     assert best['message_hub']['runtime_info']['best_score'] == 0.5
 
 
+def test_a_validation_without_a_training(tmp_path):
+    """``runner.val()``: nothing is written, nothing is wrong."""
+    runner = build(tmp_path, 'iter', Recorder())
+    hook, = (hook for hook in runner.hooks
+             if isinstance(hook, safe_checkpoint.SafeCheckpointHook))
+    hook.after_val_epoch(runner, dict(acc=0.5))
+    assert weight_files(tmp_path) == []
+
+
 @pytest.mark.parametrize('backend', [None, 'disk'])
 def test_a_killed_process_leaves_the_pointer(backend, tmp_path, monkeypatch):
     """mmengine empties last_checkpoint before it writes to it."""

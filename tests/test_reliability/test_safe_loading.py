@@ -12,6 +12,8 @@ import pytest
 import torch
 from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
+from mmengine.optim import OneCycleLR
+from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 from mmengine.runner import (
     CheckpointLoader,
     _flexible_runner,
@@ -23,6 +25,7 @@ from mmengine.runner import (
 from mmrpa import safe_loading
 from mmrpa.resume_search import newest_good_checkpoint
 from mmrpa.safe_loading import (
+    find_refusal,
     forbid_unsafe,
     load_from_http,
     read_training_checkpoint,
@@ -111,8 +114,9 @@ def test_code_is_refused_by_a_sentence(where, tmp_path, saved):
 
 @pytest.mark.parametrize('owner, name', [
     (HistoryBuffer, '__init__'), (HistoryBuffer, 'register_statistics'),
-    (np.ndarray, 'tofile')])
-def test_getattr_gives_statistics_only(owner, name, saved):
+    (np.ndarray, 'tofile'), (OneCycleParamScheduler, '__init__'),
+    (OneCycleParamScheduler, 'build_iter_from_epoch')])
+def test_getattr_gives_known_functions_only(owner, name, saved):
 
     class Getter:
 
@@ -122,6 +126,45 @@ def test_getattr_gives_statistics_only(owner, name, saved):
     torch.save(dict(a=Getter()), saved)
     with pytest.raises(CheckpointError, match='builtins.getattr'):
         read_training_checkpoint(saved)
+
+
+@pytest.mark.parametrize('anneal', ['cos', 'linear'])
+def test_one_cycle_goes_on(anneal, tmp_path):
+    """Its state holds a function of its class."""
+
+    def build():
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.1)
+        return OneCycleLR(optimizer, eta_max=0.1, total_steps=10,
+                          anneal_strategy=anneal)
+
+    def run(schedule, steps):
+        values = []
+        for _ in range(steps):
+            schedule.optimizer.step()
+            schedule.step()
+            values += schedule.get_last_value()
+        return values
+
+    whole, first, second = build(), build(), build()
+    wanted = run(whole, 9)
+    run(first, 4)
+    path = tmp_path / 'iter_4.pth'
+    torch.save(dict(schedule=first.state_dict()), path)
+    assert find_refusal(path, path) is None
+    second.load_state_dict(read_training_checkpoint(path)['schedule'])
+    assert run(second, 5) == wanted[4:]
+
+
+def test_one_cycle_is_not_built(saved):
+
+    class Builder:
+
+        def __reduce__(self):
+            return OneCycleParamScheduler, ()
+
+    torch.save(dict(a=Builder()), saved)
+    built = read_training_checkpoint(saved)['a']
+    assert not isinstance(built, OneCycleParamScheduler) and not vars(built)
 
 
 @pytest.mark.parametrize('reader', [read_training_checkpoint,

@@ -2,6 +2,7 @@
 
 import argparse
 import builtins
+import datetime
 import functools
 import http.server
 import importlib
@@ -14,7 +15,9 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
+from mmengine.optim import OneCycleLR
 
 from mmrpa.weights import CheckpointError, read_checkpoint, write_checkpoint
 from mmrpa.weights.files import check_output
@@ -123,8 +126,14 @@ def test_mmengine_checkpoints_are_read(tmp_path):
     """Their message hub holds numpy arrays and functions by name."""
     buffer = HistoryBuffer([1.5, 2.5], [1, 1])
     content = dict(
-        meta=dict(epoch=3, cfg='model = dict()', seed=0),
+        meta=dict(epoch=3, cfg='model = dict()', seed=0,
+                  time=datetime.datetime(2026, 1, 2,
+                                         tzinfo=datetime.timezone.utc),
+                  dataset_meta=ConfigDict(a=dict(b=1)), part=slice(1, 2)),
         state_dict=STATE,
+        param_schedulers=[OneCycleLR(
+            torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.1),
+            eta_max=0.1, total_steps=10).state_dict()],
         message_hub=dict(
             log_scalars={'train/loss': buffer},
             runtime_info={'lr': np.float64(0.1), 'iter': np.int64(3),
