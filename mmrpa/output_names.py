@@ -8,8 +8,6 @@ import os.path as osp
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from torch.utils.data import Dataset
-
 from mmrpa.preflight import ConfigError
 
 _LABEL_WRITERS = {'mmseg.IoUMetric', 'mmseg.CityscapesMetric',
@@ -85,13 +83,13 @@ def _find_choice(hook: Any) -> Callable[[int, list], list] | None:
     return None
 
 
-def _check_names(flag: str, dataset: Dataset, indices: Iterable[int],
+def _check_names(flag: str, dataset: Any, indices: Iterable[int],
                  name: Callable[[str], str]) -> None:
     """Raise ConfigError if two images have one name.
 
     Args:
         flag (str): What asks for the files.
-        dataset (Dataset): Of the host. Images without a path are passed over,
+        dataset: The host's. Images without a path are passed over,
             for the hosts number them.
         indices (Iterable[int]): Which of its images.
         name (Callable): path -> name of the file.
@@ -111,7 +109,7 @@ def _check_names(flag: str, dataset: Dataset, indices: Iterable[int],
             'images; --no-preflight takes the loss')
 
 
-def _check_labels(meta: Mapping, dataset: Dataset) -> None:
+def _check_labels(meta: Mapping, dataset: Any) -> None:
     """Raise ConfigError if IoUMetric's files cannot hold all labels."""
     largest = len(meta['classes']) - 1
     shifted = dataset.get_data_info(0).get('reduce_zero_label', False)

@@ -124,7 +124,8 @@ for path in sorted(Path({root!r}, 'mmrpa').rglob('*.py')):
 # What needs no torch of its own, and explains or checks.
 WITHOUT_TORCH = {
     'cfg_options', 'coco_categories', 'cpu_amp', 'data_checks', 'doctor',
-    'elastic', 'interfaces', 'launch', 'preflight', 'registry', 'whole_files'}
+    'earlier', 'elastic', 'interfaces', 'launch', 'output_names', 'preflight',
+    'processes', 'registry', 'whole_files'}
 
 
 def test_all_that_uses_an_older_torch_says_so():
