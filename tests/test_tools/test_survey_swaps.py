@@ -15,6 +15,7 @@ def survey():
     return load_tool('survey_swaps')
 
 
+@pytest.mark.long
 def test_a_worker_survives_its_tasks(survey):
     with survey.Worker(memory=2, timeout=20) as worker:
         process = worker.run(os.getpid)
