@@ -150,7 +150,7 @@ class SafeCheckpointHook(CheckpointHook):
                       and isinstance(runner, Runner))
         source = runner._load_from if runner._resume else None
         elsewhere = source is not None and not self._is_here(source)
-        if elsewhere and 'keep_ckpt_ids' in hub.runtime_info:
+        if elsewhere and most > 0 and 'keep_ckpt_ids' in hub.runtime_info:
             self._superfluous = []
             self.keep_ckpt_ids.clear()
             hub.update_info('keep_ckpt_ids', [])
@@ -230,8 +230,10 @@ class SafeCheckpointHook(CheckpointHook):
         with self._safely(runner) as aside:
             super()._save_checkpoint_with_step(aside, step, meta)
             for old in self._superfluous if is_main_process() else ():
-                self.file_backend.remove(self.file_backend.join_path(
-                    self.out_dir, self.filename_tmpl.format(old)))
+                path = self.file_backend.join_path(
+                    self.out_dir, self.filename_tmpl.format(old))
+                self.file_backend.remove(path)
+                self.file_backend.rmtree(path)  # if it is of DeepSpeed
             self._superfluous = []
 
     def _save_best_checkpoint(self, runner, metrics: dict) -> None:

@@ -109,6 +109,22 @@ def test_numbers_of_another_training_remove_nothing(trained, work_dir):
     assert after == before
 
 
+def test_a_branch_that_keeps_all(first, tmp_path):
+    """The file says which to keep, the config says that none is removed."""
+    judge(tmp_path / 'branch', {}, resume=True, max_keep=-1,
+          load_from=str(first / 'iter_12.pth'))
+    assert weight_files(tmp_path / 'branch') == ['iter_16.pth', 'iter_20.pth']
+
+
+def test_superfluous_folders_of_deepspeed(work_dir):
+    (work_dir / 'iter_14.pth').unlink()
+    (work_dir / 'iter_14.pth').mkdir()
+    (work_dir / 'iter_14.pth/part').touch()
+    build(work_dir, 'iter', Recorder(), every=2, max_keep=1,
+          resume=True).train()
+    assert weight_files(work_dir) == ['iter_20.pth']
+
+
 def test_what_is_too_much_is_removed_after_the_next(work_dir):
     """mmengine removes it at the start."""
     names = weight_files(work_dir)
