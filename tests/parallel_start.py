@@ -26,6 +26,8 @@ def _train(rank: int, folder: str, case: str) -> str:
                                    device_ids=None)))
     if case == 'steps':
         runner.train_loop._iter = rank
+    if case == 'one resumes':  # it sees a checkpoint, the other does not
+        runner._resume, runner._load_from = rank == 0, None
     try:
         runner.train()
     except CheckpointError as error:
@@ -38,7 +40,8 @@ def _train(rank: int, folder: str, case: str) -> str:
 def read_all_files(rank: int, folder: str) -> dict[str, str]:
     """Errors of trainings in which the processes read files of their own."""
     answers = {}
-    for case in ('same', 'weights', 'statistics', 'steps'):
+    for case in ('same', 'weights', 'statistics', 'steps',
+                 'one resumes'):
         torch.manual_seed(1)
         Path(folder, case).mkdir(exist_ok=True)
         answers[case] = _train(rank, str(Path(folder, case)), case)

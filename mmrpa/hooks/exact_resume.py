@@ -28,6 +28,7 @@ from .due_validation import DueValidation
 from .resume_checks import (
     check_processes,
     check_resumable,
+    check_start,
     resumes,
     trains,
     warn,
@@ -205,8 +206,9 @@ class ExactResumeHook(Hook):
     has no state of the optimiser or the schedules, as ``best_*.pth``, or was
     written with ``EMAHook`` and the config has none. It warns of settings of
     the optimiser and the schedules that the config has changed, because those
-    of the checkpoint are kept. A training with DDP stops with the same error
-    if its processes have loaded different weights.
+    of the checkpoint are kept. A training stops with the same error if some
+    of its processes resume and others do not, one with DDP if they have loaded
+    different weights.
 
     For this the batch sampler of the training's data loader is wrapped, and
     the iterator of ``IterBasedTrainLoop`` replaced. Losses are not those of a
@@ -242,6 +244,7 @@ class ExactResumeHook(Hook):
         self._fits = True
         if not trains(runner):
             return
+        check_start(runner)
         if self._validation not in runner.hooks:
             runner.register_hook(self._validation)
         loader = runner.train_loop.dataloader

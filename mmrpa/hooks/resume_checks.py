@@ -201,6 +201,31 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, (list, tuple)) else value
 
 
+def check_start(runner: Any) -> None:
+    """Refuse to train if some processes resume and others do not.
+
+    ``tools/train.py --resume`` with ``load_from`` decides by what it finds in
+    the working directory, so machines that do not share it decide for
+    themselves. Those that resume would wait for the others, which do not
+    answer, until the time-out.
+
+    Args:
+        runner (Runner): Nothing has been loaded yet.
+
+    Raises:
+        CheckpointError: In all processes.
+    """
+    answers = all_gather_object(resumes(runner))
+    if len(set(answers)) > 1:
+        text = '; '.join(f'rank {rank} {"resumes" if answer else "starts"}'
+                         for rank, answer in enumerate(answers))
+        raise CheckpointError(
+            f'some processes resume a training and others do not ({text}). '
+            f'Let the working directory, {runner.work_dir}, be on a disk that '
+            'all machines share, or copy its checkpoints and last_checkpoint '
+            'to each')
+
+
 def check_processes(runner: Any) -> None:
     """Refuse to train if the processes differ in their weights.
 

@@ -295,6 +295,9 @@ def test_processes_with_different_weights_stop(tmp_path):
     answers = run_in_processes(read_all_files, str(tmp_path))
     assert answers[0] == answers[1]
     assert answers[0].pop('same') == ''
+    resumes = answers[0].pop('one resumes')
+    assert 'do not (rank 0 resumes; rank 1 starts)' in resumes
+    assert 'on a disk that all machines share' in resumes
     for case, text in answers[0].items():
         assert 'do not start from the same weights' in text, case
         assert 'same file for all' in text
