@@ -25,6 +25,7 @@ from torch import distributed as dist
 from mmrpa.cfg_options import DictAction
 from mmrpa.elastic import end_with_launcher
 from mmrpa.launch import load_config
+from mmrpa.processes import find_started
 from mmrpa.safe_loading import protect_process
 from mmrpa.transfer import start_student
 from mmrpa.transfer.align import AttentionTransfer, transfer_errors
@@ -208,9 +209,18 @@ def process_group(launcher: str) -> Iterator[None]:
 
     Raises:
         ValueError: Nobody has launched the processes, or there is no GPU for
-            a launcher that needs one.
+            a launcher that needs one, or there are several processes and no
+            launcher is named.
     """
     if launcher == 'none':
+        started = find_started()
+        if started is not None:
+            raise ValueError(
+                f'{started.variable}={started.size}: this is one of '
+                f'{started.size} processes, but without --launcher each would '
+                'learn all by itself, and all would write to one work dir and '
+                'one --out. Use tools/dist_align_attention.sh. (If this '
+                f'process is alone, unset {started.variable}.)')
         yield
         return
     if launcher == 'pytorch' and 'RANK' not in os.environ:

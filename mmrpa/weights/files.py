@@ -136,13 +136,16 @@ def write_checkpoint(path: Union[str, Path], state_dict: Mapping[str, Tensor],
             it.
 
     Raises:
-        ValueError: Another suffix.
+        TypeError: An argument is of another type.
+        ValueError: Another suffix, or no weights.
         FileNotFoundError: There is no such folder.
         ModuleNotFoundError: ``.safetensors`` without safetensors installed.
     """
     for name, value in (('state_dict', state_dict), ('meta', meta)):
         if not isinstance(value, Mapping):
             raise TypeError(f'{name} must be a mapping, got {value!r}')
+    if not state_dict:
+        raise ValueError('state_dict is empty: there are no weights to write')
     for name, value in state_dict.items():
         if not (isinstance(name, str) and isinstance(value, Tensor)):
             raise TypeError('state_dict must have tensors by their names, got '

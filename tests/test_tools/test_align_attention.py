@@ -269,6 +269,18 @@ def test_bad_input(tool, case, tmp_path, monkeypatch, capsys, change, options,
     assert not (tmp_path / 'out.pth').exists()
 
 
+def test_processes_without_launcher(tool, case, tmp_path, monkeypatch,
+                                    capsys):
+    monkeypatch.setenv('RANK', '1')
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    before = sorted(tmp_path.iterdir())
+    assert run(tool, case) == 2
+    said = capsys.readouterr().err
+    assert 'WORLD_SIZE=2: this is one of 2 processes' in said
+    assert 'tools/dist_align_attention.sh' in said
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_record_of_a_run_is_json(tool, case, tmp_path):
     assert run(tool, case, '--layer-epochs', 0, '--feature-epochs', 1) == 0
     record = json.loads((tmp_path / 'work/align_attention.json').read_text())

@@ -99,6 +99,12 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ['a.pth']
 
 
+def test_no_weights_are_not_written(tmp_path):
+    with pytest.raises(ValueError, match='state_dict is empty'):
+        write_checkpoint(tmp_path / 'a.pth', {}, {})
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize('name,error', [
     ('a.bin', ValueError), ('.', ValueError),
     ('no/a.pth', FileNotFoundError)])
