@@ -59,7 +59,8 @@ SPOILED = {
         [], [], ['pycocotools==2.0.7'], {'numpy-too-new': 'pycocotools'}),
     'setuptools without pkg_resources': (
         [], [], ['setuptools==82.0.0'],
-        {'setuptools-too-new': '82.0.0 has no pkg_resources'}),
+        {'requirement-setuptools': 'torch refuses setuptools 82.0.0',
+         'setuptools-too-new': '82.0.0 has no pkg_resources'}),
     'setuptools of Python itself': (
         [], [], ['setuptools==65.5.0'], {'setuptools-too-old': '65.5.0'}),
     'no pycocotools': (['pycocotools'], [], [],
