@@ -68,7 +68,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     args = parse_args(argv)
     if find_spec('gradio') is None:
         print("routing_explorer: error: gradio is not installed: pip install "
-              "'mmrpa[explorer]'", file=sys.stderr)
+              "'.[explorer]'", file=sys.stderr)
         return 1
     import torch
 

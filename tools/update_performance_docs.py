@@ -56,8 +56,8 @@ does under the allocators that torch's tuning guide recommends. Otherwise what
 one peer frees decides how many fresh pages, which are slow at their first use,
 the next one is given; `--allocator default` measures that.
 
-Files that name no commit are of 0490c3a, since when the operators have not
-changed; peers that came later are not in them."""
+Files that name no commit are of 0490c3a, since when the arithmetic of the
+operators has not changed; peers that came later are not in them."""
 # Prose on the rule; the table below it is asked from mmrpa.ops.choose_impl.
 AUTO_RULE = """By device, dtype and sizes, and by nothing else: `'triton'` on
 CUDA where its kernels take the case (float32, bfloat16 or float16, 16 to 128

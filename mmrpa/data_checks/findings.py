@@ -34,8 +34,8 @@ PROBLEMS = {
         'categories of the file and classes of the config differ',
         'give metainfo=dict(classes=...) the names in the file'),
     'num-classes': Kind(
-        'a head has another number of classes than the dataset (a panoptic '
-        'one: than its things)',
+        'a head has another number of classes than the dataset (a head for '
+        'things of a panoptic model: than that has things)',
         'set num_classes of the head, or metainfo.classes'),
     'class-names': Kind(
         'the class names cannot be used',
