@@ -19,6 +19,7 @@ from mmengine.dataset import InfiniteSampler
 from mmengine.dist import get_rank, get_world_size
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
+from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -39,16 +40,21 @@ STATE_KEY = 'mmrpa_resume'
 _STEP, _DATA, _ORDER = 0, 1, 2  # streams of seeds
 
 
-def seed_all(*key: int) -> None:
-    """Seed the generators of Python, numpy and torch (all devices).
+def seed_all(*key: int, devices: bool = True) -> None:
+    """Seed the generators of Python, numpy and torch.
 
     Args:
         key (int): Non-negative numbers; other numbers give other streams.
+        devices (bool): Those of GPUs, too, which takes most of the time.
     """
     words = np.random.SeedSequence(key).generate_state(8)
     random.seed(words[:2].tobytes())
     np.random.seed(words[2:6])
-    torch.manual_seed(int(words[6]) << 32 | int(words[7]))
+    seed = int(words[6]) << 32 | int(words[7])
+    if devices:
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
 
 
 class SeededBatch:
@@ -122,11 +128,20 @@ class SeededBatches:
     def _start(self) -> Iterator:
         """Begin a pass.
 
-        Samplers without a seed of their own, as torch's RandomSampler, draw
-        from the global generators when their first index is asked for.
+        Samplers without a seed of their own draw from the global generators:
+        torch's RandomSampler when its first index is asked for, mmdet's
+        GroupMultiSourceSampler for each batch. When that is depends on how
+        far worker processes read ahead.
         """
         seed_all(*self.order_key, self.epoch)
-        return iter(self.batch_sampler)
+        batches = iter(self.batch_sampler)
+        for number in itertools.count(1):
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            yield batch
+            seed_all(*self.order_key, self.epoch, number, devices=False)
 
     def next_epoch(self) -> None:
         """Begin another pass over the data within a training by steps."""
@@ -372,12 +387,15 @@ class ExactResumeHook(Hook):
 
 def _warn_of_gradients(optim_wrapper: Any) -> None:
     """Tell of gradients that wait for others and are in no checkpoint."""
-    done = getattr(optim_wrapper, '_inner_count', 0)
-    counts = getattr(optim_wrapper, '_accumulative_counts', 1)
-    if done % counts and done != getattr(optim_wrapper, '_max_counts', -1):
-        warn(f'the gradients of {done % counts} of {counts} batches are not '
-             'in this checkpoint; let its interval be a multiple of '
-             f'accumulative_counts={counts}')
+    wrappers = (optim_wrapper.values() if isinstance(
+        optim_wrapper, OptimWrapperDict) else [optim_wrapper])
+    for wrapper in wrappers:
+        done = getattr(wrapper, '_inner_count', 0)
+        counts = getattr(wrapper, '_accumulative_counts', 1)
+        if done % counts and done != getattr(wrapper, '_max_counts', -1):
+            warn(f'the gradients of {done % counts} of {counts} batches are '
+                 'not in this checkpoint; let its interval be a multiple of '
+                 f'accumulative_counts={counts}')
 
 
 def _samplers(loader: DataLoader) -> list[Any]:

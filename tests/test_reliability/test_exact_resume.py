@@ -1,5 +1,6 @@
 """A training that was interrupted goes on as if nothing had happened."""
 
+import itertools
 import pickle
 import random
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.hooks import EMAHook
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import DATA_SAMPLERS
 from small_training import Killed, Recorder, build
 from torch.utils.data import DataLoader
@@ -14,6 +16,7 @@ from torch.utils.data import DataLoader
 from mmrpa.hooks.exact_resume import (
     STATE_KEY,
     EndlessBatches,
+    ExactResumeHook,
     SeededBatch,
     SeededBatches,
     seed_all,
@@ -113,6 +116,33 @@ def test_samplers_without_a_seed(by, tmp_path, whole_runs):
     assert len(set(map(tuple, passes))) == 4
 
 
+@DATA_SAMPLERS.register_module()
+class Grouped:
+    """As mmdet's GroupMultiSourceSampler: draws a group for each batch."""
+
+    def __init__(self, dataset, shuffle, seed):
+        pass
+
+    def __len__(self):
+        return 13
+
+    def __iter__(self):
+        groups = itertools.cycle(range(6)), itertools.cycle(range(6, 13))
+        while True:
+            yield from itertools.islice(groups[np.random.choice(2)], 3)
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_samplers_that_draw_for_each_batch(workers, tmp_path, whole_runs):
+    """Worker processes read ahead: after a start, several batches at once."""
+    whole = whole_runs('iter', sampler='Grouped')
+    killed, resumed = interrupt(tmp_path, 13, 'iter', sampler='Grouped',
+                                workers=workers)
+    assert_goes_on(whole, killed, resumed, 13)
+    first = [images[0] < 6 for images in whole.images.values()]
+    assert 0 < sum(first) < 20 and first[:10] != first[10:]
+
+
 @pytest.mark.parametrize('by', ['epoch', 'iter'])
 def test_without_a_seed_in_the_config(by, tmp_path):
     """The sampler's seed, too, is that of the first process."""
@@ -209,6 +239,19 @@ def test_accumulated_gradients_are_told(every, warned, tmp_path, caplog):
         runner.train()
     assert (tmp_path / f'iter_{every}.pth').exists()
     assert ('the gradients of 1 of 2 batches' in caplog.text) == warned
+
+
+def test_accumulated_gradients_of_two_optimisers_are_told(tmp_path, caplog):
+    runner = build(tmp_path, 'iter', Recorder())
+    runner.logger.addHandler(caplog.handler)
+    wrappers = [OptimWrapper(torch.optim.SGD(runner.model.parameters(), lr=1),
+                             accumulative_counts=count) for count in (1, 4)]
+    for wrapper in wrappers:
+        wrapper._inner_count = 3
+    runner.optim_wrapper = OptimWrapperDict(a=wrappers[0], b=wrappers[1])
+    ExactResumeHook().before_save_checkpoint(runner, {})
+    assert 'the gradients of 3 of 4 batches' in caplog.text
+    assert caplog.text.count('the gradients of') == 1
 
 
 def test_the_old_way_to_skip(tmp_path, monkeypatch, whole_runs):
