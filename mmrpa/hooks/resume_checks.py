@@ -9,9 +9,10 @@ import hashlib
 import inspect
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.dist import all_gather_object, get_world_size
 from mmengine.hooks import EMAHook
@@ -165,12 +166,14 @@ def _difference(runner: Any, schedule: Any, state: dict) -> str:
     if public[0] != public[1]:
         return ('in the checkpoint is one of another kind, with '
                 f'{", ".join(sorted(public[0] - public[1])) or "less"}')
-    own = vars(schedule)
+    # A schedule of the user's own may save something else than it has.
+    own = schedule.state_dict()
     keys = [key for key in (*_arguments(schedule), 'min_values')
-            if key in own and _plain(own[key]) != _plain(state[key])]
+            if key in own and key in state
+            and _plain(own[key]) != _plain(state[key])]
     text = ', '.join(_compared(key, _plain(state[key]), _plain(own[key]))
                      for key in keys)
-    unit, last = (('epoch', runner.max_epochs) if state['by_epoch'] else
+    unit, last = (('epoch', runner.max_epochs) if schedule.by_epoch else
                   ('step', runner.max_iters))
     if 'end' in keys and state['end'] < last:
         text += (f'; it ends at {unit} {state["end"]}, and the training at '
@@ -196,9 +199,13 @@ def _plain(value: Any) -> Any:
     """A value that can be compared, however it was kept."""
     if isinstance(value, Counter):  # milestones
         return sorted(value.elements())
-    if isinstance(value, Tensor):
+    if isinstance(value, (Tensor, np.ndarray)):
         return value.tolist()
-    return list(value) if isinstance(value, (list, tuple)) else value
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
 
 
 def check_start(runner: Any) -> None:

@@ -2,11 +2,17 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import small_training
 import torch
 from mmengine.hooks import EMAHook
-from mmengine.optim import OptimWrapper, OptimWrapperDict
+from mmengine.optim import (
+    ConstantLR,
+    OptimWrapper,
+    OptimWrapperDict,
+)
+from mmengine.registry import PARAM_SCHEDULERS
 from parallel_start import read_all_files
 from processes import run_in_processes
 from toy_training import Killed, Record, Toy, sgd, toy
@@ -243,6 +249,33 @@ def test_other_schedules_are_told(schedules, text, tmp_path, caplog):
     warned = texts(toy(tmp_path, Record(), resume=True, schedules=schedules,
                        loop=SHORT), caplog)
     assert len([w for w in warned if text in w]) == 1
+
+
+@PARAM_SCHEDULERS.register_module()
+class OwnLR(ConstantLR):
+    """A user's, with a setting that is an array and one that is not saved."""
+
+    def __init__(self, optimizer, table, unit='ms', **settings):
+        self.table, self.unit = np.array(table), unit
+        super().__init__(optimizer, **settings)
+
+    def state_dict(self):
+        state = super().state_dict()
+        return {key: state[key] for key in state if key != 'unit'}
+
+
+@pytest.mark.parametrize('table, told', [([1., 2.], 0), ([1., 3.], 1)])
+def test_schedules_of_the_user(table, told, tmp_path, caplog):
+    killed(tmp_path, loop=SHORT,
+           schedules=[dict(type='OwnLR', table=[1., 2.])])
+    record = Record()
+    warned = texts(toy(
+        tmp_path, record, loop=SHORT, resume=True,
+        schedules=[dict(type='OwnLR', table=table)]), caplog)
+    assert list(record.losses) == [5, 6, 7, 8]
+    assert len(warned) == told
+    assert all('table=[1.0, 2.0] in the checkpoint, [1.0, 3.0]' in text
+               for text in warned)
 
 
 def test_milestones_are_told(tmp_path, caplog):
