@@ -7,6 +7,7 @@ earlier training, under the new settings.
 
 import contextlib
 import hashlib
+import struct
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +15,10 @@ from pathlib import Path
 from .whole_files import whole_file
 
 NOTES = 'earlier_checkpoints'  # beside last_checkpoint
+# What a changed byte in a file's table makes Python's zipfile raise: it may
+# stand for another version, or a name may be no text any more.
+_BROKEN = (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError,
+           ValueError, OverflowError, struct.error)
 
 
 def note_earlier(work_dir: Path, paths: Iterable[Path]) -> None:
@@ -55,6 +60,6 @@ def _fingerprint(path: Path) -> str:
         with zipfile.ZipFile(path) as archive:
             parts = [(part.filename, part.CRC, part.file_size)
                      for part in archive.infolist()]
-    except zipfile.BadZipFile:  # damaged, or of an old torch
+    except _BROKEN:  # or of an old torch
         parts = [path.stat().st_size]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

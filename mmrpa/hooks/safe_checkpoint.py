@@ -149,7 +149,9 @@ class SafeCheckpointHook(CheckpointHook):
         self._safe = (isinstance(backend, LocalBackend)
                       and isinstance(runner, Runner))
         source = runner._load_from if runner._resume else None
-        elsewhere = source is not None and not self._is_here(source)
+        # Our reader takes a path with ~.
+        elsewhere = source is not None and not self._is_here(
+            os.path.expanduser(source))
         if elsewhere and most > 0 and 'keep_ckpt_ids' in hub.runtime_info:
             self._superfluous = []
             self.keep_ckpt_ids.clear()

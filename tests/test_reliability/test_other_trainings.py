@@ -224,3 +224,24 @@ def test_notes_tell_files_of_one_name_apart(work_dir):
     assert find_earlier(work_dir, paths) == {paths[0]}
     note_earlier(work_dir, ())
     assert find_earlier(work_dir, paths) == set()
+
+
+@pytest.mark.parametrize('at, byte', [
+    (6, 99),  # the version of zip that is needed
+    (46, 0xff)])  # a name, no longer UTF-8
+def test_a_damaged_table_is_noted(at, byte, work_dir):
+    """Of an earlier training; else no new one could start in the folder."""
+    path = work_dir / 'iter_16.pth'
+    content = bytearray(path.read_bytes())
+    content[content.index(b'PK\1\2') + at] = byte
+    path.write_bytes(content)
+    note_earlier(work_dir, [path])
+    assert find_earlier(work_dir, [path]) == {path}
+    assert list(start(work_dir, 15, resume=False).losses)[0] == 1
+
+
+def test_a_path_with_a_tilde_is_in_its_folder(work_dir, monkeypatch):
+    monkeypatch.setenv('HOME', str(work_dir.parent))
+    start(work_dir, 17, resume=True,
+          load_from=f'~/{work_dir.name}/iter_16.pth')
+    assert not (work_dir / 'earlier_checkpoints').exists()
