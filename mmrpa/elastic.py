@@ -116,6 +116,8 @@ def settle_resume(argv: list[str], config: str, cfg: Mapping,
         value = arg == 'auto' and means(argv[i - 1], '--resume')
         if not (means(arg, '--resume') or value):
             kept.append(arg)
+    if cfg.get('resume'):  # it would still make load_from a training's
+        kept += ['--cfg-options', 'resume=False']
     return kept, (f'no checkpoint in {folder} to resume from: the training '
                   f'starts from load_from={cfg["load_from"]!r}')
 

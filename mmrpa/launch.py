@@ -190,18 +190,27 @@ def _prepare(name: str, args: argparse.Namespace, argv: Sequence[str],
     if name == 'train':
         for path in _iter_pretrained(cfg.get('model')):
             check_checkpoint(path)
-        # Else the data are loaded before it is looked for. What a plain
-        # --resume goes on from may be another than load_from.
-        start = cfg.get('load_from') if args.resume is None else args.resume
-        if isinstance(start, str) and start != 'auto':
-            check_checkpoint(start, may_be_folder=True)
+        if scope == 'mmseg' and cfg.get('resume') and args.resume is None:
+            raise ConfigError(
+                f'resume={cfg["resume"]!r} is in the config, but mmseg goes '
+                'by its flag alone: it would start anew, over the '
+                'checkpoints that are there. Add --resume, or --cfg-options '
+                'resume=False to start anew')
         # By mmseg's --resume beside it one names the file to go on from.
         named = scope == 'mmseg' and 'load_from' in (args.cfg_options or {})
+        start = args.resume
+        if start is None or (start == 'auto' and named):
+            start = cfg.get('load_from')
         if args.resume == 'auto' and cfg.get('load_from') and not named:
             host_argv, note = settle_resume(host_argv, args.config, cfg,
                                             args.work_dir)
-            if note is not None and _local_rank() == 0:
-                print(f'mmrpa: {note}', flush=True)
+            if note is not None:
+                start = cfg.get('load_from')
+                if _local_rank() == 0:
+                    print(f'mmrpa: {note}', flush=True)
+        # Else the data are loaded before it is looked for.
+        if isinstance(start, str) and start != 'auto':
+            check_checkpoint(start, may_be_folder=True)
         flags, note = restart_flags(args.config, cfg, args.work_dir)
         host_argv += flags
         if note is not None and _local_rank() == 0:
@@ -343,10 +352,11 @@ def _scale_lr(cfg: Mapping, scope: str, argv: list[str]) -> list[str]:
         raise ConfigError('--auto-scale-lr needs auto_scale_lr=dict('
                           'base_batch_size=...) in the config, the batch size '
                           'that its learning rate is meant for')
-    if scope != 'mmseg':
-        return argv
-    kept = [arg for arg in argv if not means(arg, '--auto-scale-lr')]
-    return [*kept, '--cfg-options', 'auto_scale_lr.enable=True']
+    if scope == 'mmseg':
+        argv = [arg for arg in argv if not means(arg, '--auto-scale-lr')]
+    elif scope != 'mmdet' or 'enable' in cfg['auto_scale_lr']:
+        return argv  # mmdet's script ends with a traceback without the key
+    return [*argv, '--cfg-options', 'auto_scale_lr.enable=True']
 
 
 def _cpu_options(cfg: Mapping, launcher: str) -> list[str] | None:

@@ -63,8 +63,10 @@ def test_a_full_disk_under_a_log(hook, told, host_script, capsys):
                                    ['--resume=auto'], ['--res', '--flag']])
 @pytest.mark.parametrize('trained', [True, False])
 def test_resume_beside_load_from(trained, flags, host_script, tmp_path,
-                                 capsys):
+                                 capsys, monkeypatch):
     """First start: from load_from; later: from the last checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'a.pth').touch()
     work_dir = tmp_path / 'work'
     work_dir.mkdir()
     if trained:
@@ -85,8 +87,11 @@ def test_resume_beside_load_from(trained, flags, host_script, tmp_path,
 
 @pytest.mark.parametrize('scope', ['mmdet', 'mmpretrain', 'mmseg'])
 def test_resume_beside_load_from_of_the_command_line(scope, host_script,
-                                                     tmp_path, capsys):
+                                                     tmp_path, capsys,
+                                                     monkeypatch):
     """mmdet and mmpretrain forget it; mmseg names by it what to resume."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'b.pth').touch()
     options = ['--work-dir', str(tmp_path / 'work'), '--cfg-options',
                'load_from=b.pth']
     host_script('import sys; print(sys.argv[2:])', load_from='a.pth',
@@ -96,6 +101,47 @@ def test_resume_beside_load_from_of_the_command_line(scope, host_script,
     kept = ['--resume'] if scope == 'mmseg' else []
     assert printed.splitlines()[-1] == str([*kept, *options])
     assert ("starts from load_from='b.pth'" in printed) == (scope != 'mmseg')
+
+
+@pytest.mark.parametrize('scope', ['mmdet', 'mmpretrain', 'mmseg'])
+def test_a_first_start_with_resume_has_its_file(scope, host_script, tmp_path,
+                                                capsys):
+    """mmseg resumes that file, the others start from it."""
+    with pytest.raises(SystemExit) as caught:
+        host_script('raise AssertionError', flags=[
+            '--resume', '--work-dir', str(tmp_path / 'work'), '--cfg-options',
+            'load_from=b.pth'], more=f'default_scope = {scope!r}')
+    assert caught.value.code == 1
+    assert "checkpoint 'b.pth' does not exist" in capsys.readouterr().err
+
+
+def test_a_first_start_with_resume_in_the_config(host_script, tmp_path,
+                                                 capsys, monkeypatch):
+    """It is none: mmengine would resume from load_from."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'a.pth').touch()
+    host_script('import sys; print(sys.argv[2:])', load_from='a.pth',
+                flags=['--resume'], more='resume = True')
+    assert capsys.readouterr().out.splitlines()[-1] == str(
+        ['--cfg-options', 'resume=False'])
+
+
+@pytest.mark.parametrize('flags', [
+    ['--resume'], ['--cfg-options', 'resume=False'], [],
+    ['--cfg-options', 'resume=True']])
+def test_mmseg_goes_by_its_flag(flags, host_script, capsys):
+    """By a config alone it would start anew, and say nothing."""
+    settings = dict(flags=flags, more="default_scope = 'mmseg'\n" + (
+        'resume = True' if flags != ['--cfg-options', 'resume=True'] else ''))
+    if flags in (['--resume'], ['--cfg-options', 'resume=False']):
+        host_script('print("started")', **settings)
+        assert 'started' in capsys.readouterr().out
+        return
+    with pytest.raises(SystemExit) as caught:
+        host_script('raise AssertionError', **settings)
+    assert caught.value.code == 1
+    assert ('resume=True is in the config, but mmseg goes by its flag alone'
+            in capsys.readouterr().err)
 
 
 @pytest.mark.parametrize('flags', [

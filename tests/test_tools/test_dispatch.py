@@ -135,7 +135,8 @@ def test_missing_file_to_go_on_from(flags, call, capsys, write_config,
     ['--cfg-options', 'load_from=no/such.pth', '--resume']])
 def test_what_may_be_gone_on_from(flags, call, write_config, tmp_path):
     flags = [flag.format(folder=tmp_path) for flag in flags]
-    config = write_config(bare('mmdet'))
+    config = write_config(bare('mmdet', work_dir=str(tmp_path)))
+    (tmp_path / 'iter_2.pth').touch()
     assert call('train', config, *flags)[:2] == [str(config), flags[0]]
 
 
@@ -200,6 +201,14 @@ def test_auto_scale_lr(scope, flag, call, write_config):
     else:
         expected = given
     assert call('train', *given) == expected
+
+
+def test_auto_scale_lr_as_its_error_asks_for_it(call, write_config):
+    """mmdet's script wants the key ``enable`` besides."""
+    config = write_config(bare('mmdet', auto_scale_lr=dict(base_batch_size=8)))
+    assert call('train', config, '--auto-scale-lr') == [
+        str(config), '--auto-scale-lr', '--cfg-options',
+        'auto_scale_lr.enable=True']
 
 
 @pytest.mark.parametrize('scope', launch.HOSTS)
