@@ -7,6 +7,7 @@ else. There is no fallback.
 """
 
 import contextlib
+import io
 import json
 import os
 import pickle
@@ -140,6 +141,7 @@ def write_checkpoint(path: Union[str, Path], state_dict: Mapping[str, Tensor],
         ValueError: Another suffix, or no weights.
         FileNotFoundError: There is no such folder.
         ModuleNotFoundError: ``.safetensors`` without safetensors installed.
+        OSError: It cannot be written, as on a full disk.
     """
     for name, value in (('state_dict', state_dict), ('meta', meta)):
         if not isinstance(value, Mapping):
@@ -158,15 +160,20 @@ def write_checkpoint(path: Union[str, Path], state_dict: Mapping[str, Tensor],
     # A slice of a larger tensor would take all of it along.
     tensors = {name: value.detach().cpu().contiguous().clone()
                for name, value in state_dict.items()}
-    with whole_file(path) as temporary:
-        if path.suffix == SAFETENSORS:
-            _safetensors().save_file(
-                tensors, temporary,
-                {'format': 'pt', META_KEY: json.dumps(dict(meta))})
-        else:
-            torch.save(
-                dict(state_dict=tensors, meta={META_KEY: dict(meta)}),
-                temporary)
+    # Into memory: on a full disk torch's own writer says 'unexpected pos'.
+    if path.suffix == SAFETENSORS:
+        content = _safetensors().save(
+            tensors, {'format': 'pt', META_KEY: json.dumps(dict(meta))})
+    else:
+        stream = io.BytesIO()
+        torch.save(dict(state_dict=tensors, meta={META_KEY: dict(meta)}),
+                   stream)
+        content = stream.getbuffer()
+    try:
+        with whole_file(path) as temporary:
+            temporary.write_bytes(content)
+    except OSError as error:  # of a write it does not name the file
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _check_path(path: Union[str, Path]) -> None:

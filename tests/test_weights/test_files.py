@@ -3,12 +3,15 @@
 import argparse
 import builtins
 import datetime
+import errno
 import functools
 import http.server
 import importlib
 import os
 import pathlib
 import pickle
+import re
+import resource
 import threading
 import zipfile
 
@@ -84,19 +87,21 @@ def test_what_is_written_is_read(tmp_path, suffix):
     assert path.stat().st_mode & 0o777 == 0o666 & ~umask
 
 
-def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
-    path = tmp_path / 'a.pth'
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+def test_a_failed_write_leaves_nothing(tmp_path, suffix):
+    """A real one, that does not fit on the disk."""
+    path = tmp_path / f'a{suffix}'
     path.write_bytes(b'old')
-
-    def fail(content, file):
-        pathlib.Path(file).write_bytes(b'half')
-        raise OSError('disk full')
-
-    monkeypatch.setattr(torch, 'save', fail)
-    with pytest.raises(OSError, match='disk full'):
-        write_checkpoint(path, STATE, {})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError, match=re.escape(str(path))) as caught:
+            write_checkpoint(path, {'a': torch.ones(9999)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.errno == errno.EFBIG
     assert path.read_bytes() == b'old'
-    assert os.listdir(tmp_path) == ['a.pth']
+    assert os.listdir(tmp_path) == [path.name]
 
 
 def test_no_weights_are_not_written(tmp_path):
