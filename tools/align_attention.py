@@ -23,15 +23,17 @@ from mmengine.dist import init_dist, is_main_process, master_only
 from torch import distributed as dist
 
 from mmrpa.cfg_options import DictAction
-from mmrpa.elastic import end_with_launcher
+from mmrpa.elastic import end_with_launcher, restart_flags
 from mmrpa.launch import load_config
 from mmrpa.processes import find_started
+from mmrpa.resume_search import has_checkpoints
 from mmrpa.safe_loading import protect_process
 from mmrpa.transfer import start_student
 from mmrpa.transfer.align import AttentionTransfer, transfer_errors
 from mmrpa.transfer.images import load_images, read_normalisation
 from mmrpa.transfer.runs import (
     AMP_DTYPES,
+    RECORD,
     Settings,
     build_preprocessor,
     build_runner,
@@ -103,7 +105,7 @@ def align(args: argparse.Namespace) -> None:
     """Do what the command line says.
 
     Raises:
-        FileNotFoundError: A file is not there.
+        OSError: A file is not there, or cannot be written.
         ValueError: Something does not fit; the message says what.
     """
     out = check_output(args.out)
@@ -126,7 +128,11 @@ def align(args: argparse.Namespace) -> None:
         init=args.init and Path(args.init).name, dwc=args.dwc,
         calibration_images=args.calibration_images,
         backbone=repr(sorted(backbone.items())))
-    before = check_resume(work_dir, record) if args.resume else None
+    flags, note = restart_flags(args.config, {}, work_dir)
+    if note is not None:
+        say(note)
+    resume = args.resume or bool(flags)
+    before = check_resume(work_dir, record) if resume else None
 
     torch.manual_seed(args.seed)
     teacher, student = build_twins(backbone)
@@ -145,7 +151,7 @@ def align(args: argparse.Namespace) -> None:
                           seed=args.seed, log=say)
         before = transfer_errors(transfer, images[:NUM_MEASURED])
     runner = build_runner(transfer, args.images, work_dir, settings,
-                          args.num_workers, args.launcher, args.resume)
+                          args.num_workers, args.launcher, resume)
     master_only(write_record)(work_dir, dict(record, before=before))
     runner.train()
 
@@ -168,11 +174,15 @@ def check_resume(work_dir: str,
     """The errors that the run to resume began with, None if there is none.
 
     Raises:
-        ValueError: That run had other settings.
+        ValueError: That run had other settings, or does not say which.
     """
-    old = read_record(work_dir)
-    if not old or not Path(work_dir, 'last_checkpoint').is_file():
+    if not has_checkpoints(work_dir):
         return None
+    old = read_record(work_dir)
+    if not old:
+        raise ValueError(f'{work_dir} has checkpoints, but no {RECORD} that '
+                         'says of which run; start anew in another '
+                         '--work-dir')
     before = old.pop('before')
     settings = (old.pop('settings'), record['settings'])
     rest = {k: v for k, v in record.items() if k != 'settings'}
@@ -249,8 +259,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         with process_group(args.launcher):
             align(args)
-    except (FileNotFoundError, ModuleNotFoundError, TypeError,
-            ValueError) as error:
+    except (OSError, ModuleNotFoundError, TypeError, ValueError) as error:
         # A process that reads images passes its error on with a traceback.
         text = str(error).strip()
         if 'Traceback' in text:

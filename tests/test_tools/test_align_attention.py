@@ -147,6 +147,60 @@ def test_killed_before_its_first_checkpoint(tool, case, tmp_path, capsys):
     assert not case[-1].exists()
 
 
+@pytest.mark.parametrize('lost, told', [
+    ('last_checkpoint', 'seed: 0, now 5'),
+    ('align_attention.json', 'has checkpoints, but no align_attention.json')])
+def test_a_lost_file_hides_no_other_settings(tool, case, tmp_path, capsys,
+                                             lost, told):
+    assert run(tool, case) == 0
+    (tmp_path / 'work' / lost).unlink()
+    capsys.readouterr()
+    assert run(tool, case, '--seed', 5, '--resume') == 2
+    assert told in capsys.readouterr().err
+
+
+def test_started_again_by_the_launcher(tool, case, tmp_path, monkeypatch,
+                                       capsys):
+    """MAX_RESTARTS, without --resume: it goes on, once there is a file."""
+
+    def die(self, runner):
+        if runner.epoch == dies_in:
+            raise KeyboardInterrupt
+        seen.append(runner.epoch)
+        set_phase(self, runner)
+
+    set_phase = PhaseHook.before_train_epoch
+    monkeypatch.setattr(PhaseHook, 'before_train_epoch', die)
+    monkeypatch.setenv('MMRPA_LAUNCHED', str(int(time.time())))
+    for count, (dies_in, expected) in enumerate([
+            (0, []), (2, [0, 1]), (None, [2, 3])]):
+        monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', str(count))
+        seen = []
+        if dies_in is None:
+            assert run(tool, case) == 0
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                run(tool, case)
+        assert seen == expected
+    assert 'restart 2: the training goes on' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('what', ['checkpoint', 'weights'])
+def test_a_full_disk_is_one_sentence(tool, case, monkeypatch, capsys, what):
+    name = dict(
+        checkpoint='mmrpa.hooks.safe_checkpoint.put_in_place',
+        weights='pathlib.Path.write_bytes')[what]
+
+    def fail(*args):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(name, fail)
+    assert run(tool, case) == 2
+    error = capsys.readouterr().err
+    assert 'No space left on device' in error and 'Traceback' not in error
+    assert not case[-1].exists()
+
+
 def test_killed_and_resumed(case, tool, tmp_path):
     """The real thing: SIGKILL at any point, here after an epoch."""
     command = [*case, '--work-dir', tmp_path / 'killed', *SCHEDULE,
