@@ -133,8 +133,8 @@ def write_checkpoint(path: Union[str, Path], state_dict: Mapping[str, Tensor],
         path (str | Path): Ends in ``.pth``, ``.pt`` or ``.safetensors``; its
             folder must exist.
         state_dict (Mapping): Tensors by name.
-        meta (Mapping): What JSON can hold; :func:`read_checkpoint` returns
-            it.
+        meta (Mapping): What JSON can hold, NaN and infinities included;
+            :func:`read_checkpoint` returns it.
 
     Raises:
         TypeError: An argument is of another type.

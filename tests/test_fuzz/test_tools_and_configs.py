@@ -3,6 +3,7 @@ optimiser settings, and the command lines of the tools."""
 
 import contextlib
 import io
+import json
 import string
 import tempfile
 from pathlib import Path
@@ -127,10 +128,11 @@ def check_call(name, case):
     if done and name == 'read':
         assert_same(result.state_dict, STATE)
         assert result.meta == META
-    elif done and name == 'write' and args['state_dict']:
+    elif done and name == 'write':
         read = read_checkpoint(args['path'])
         assert_same(read.state_dict, args['state_dict'])
-        assert read.meta == args['meta']
+        # As texts: a NaN, which Python's JSON has, equals none.
+        assert json.dumps(read.meta) == json.dumps(args['meta'])
     return done
 
 
