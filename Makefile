@@ -29,9 +29,11 @@ setup:
 quickstart: setup
 	@$(VENV_PYTHON) tools/quickstart.py $(QUICKSTART_ARGS)
 
-# One thread a worker: the workers themselves fill the cores.
+# One thread a worker: the workers themselves fill the cores. Neighbours stay
+# with one worker, which makes the fixtures of a module once.
 test: setup
-	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n $(WORKERS) -q $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n $(WORKERS) \
+		--dist worksteal -q $(PYTEST_ARGS)
 
 test-originals: setup
 	OMP_NUM_THREADS=1 $(VENV_PYTHON) tools/test_originals.py -n $(WORKERS) \
