@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 from urllib.parse import urlparse
 
 import torch
@@ -234,6 +235,9 @@ def load_from_http(filename: str, map_location: Any = None,
         map_location: As for ``torch.load``.
         model_dir (str, optional): The folder to keep it in.
         progress (bool): Show a progress bar.
+
+    Raises:
+        CheckpointError: It cannot be fetched.
     """
     from mmengine.dist import barrier, get_rank
     folder = Path(model_dir or Path(torch.hub.get_dir(), 'checkpoints'))
@@ -243,8 +247,14 @@ def load_from_http(filename: str, map_location: Any = None,
     for turn in (True, False):
         if turn == (get_rank() == 0) and not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(
-                filename, str(path), progress=progress)
+            try:
+                torch.hub.download_url_to_file(
+                    filename, str(path), progress=progress)
+            except URLError as error:  # its subclass for 404 and the like, too
+                raise CheckpointError(
+                    f'{filename} cannot be fetched: {error}. Correct the '
+                    'address, or fetch the file elsewhere and give its path'
+                ) from error
         if turn:
             barrier()
     return _without_program(read_training_checkpoint(path, map_location))

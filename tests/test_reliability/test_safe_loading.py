@@ -5,6 +5,7 @@ import hashlib
 import os
 import pickle
 import shutil
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -302,6 +303,16 @@ def test_addresses_are_read_by_it(saved, tmp_path, monkeypatch,
     with pytest.raises(CheckpointError, match='bad.pth holds more'):
         CheckpointLoader.load_checkpoint('http://a.b/bad.pth')
     assert not (tmp_path / 'ran').exists()
+
+
+def test_an_address_that_does_not_answer(tmp_path):
+    with socket.socket() as listener:  # bound, and nobody listens
+        listener.bind(('127.0.0.1', 0))
+        url = f'http://127.0.0.1:{listener.getsockname()[1]}/a.pth'
+        with pytest.raises(CheckpointError, match='cannot be fetched') as said:
+            load_from_http(url, model_dir=str(tmp_path))
+    assert str(said.value).startswith(url)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize('name, warned', [
