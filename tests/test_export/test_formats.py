@@ -54,11 +54,10 @@ def test_sizes_are_what_a_check_needs():
     assert True in whole and False in whole
 
 
-# All families are exported in test_real_models.py; an export takes 15 s.
+# An export takes 15 s; the tests below make one of each format in each suite.
 @needs_export
-@pytest.mark.parametrize('name', [
-    pytest.param(name, marks=[] if name == 'RPSwin' else pytest.mark.long)
-    for name in SMALL])
+@pytest.mark.long
+@pytest.mark.parametrize('name', SMALL)
 def test_families_by_torch_export(name, tmp_path):
     """Read back and run by torch alone."""
     config = write_classifier(tmp_path, name, **SMALL[name])
@@ -346,8 +345,9 @@ def test_file_that_does_not_load_is_no_traceback(content, config, tmp_path,
 
 
 @needs_export
-@pytest.mark.parametrize('file_format, suffix', [('onnx', 'onnx'),
-                                                 ('torch-export', 'pt2')])
+@pytest.mark.parametrize('file_format, suffix', [
+    pytest.param('onnx', 'onnx', marks=pytest.mark.long),
+    ('torch-export', 'pt2')])
 def test_full_disk_leaves_no_file(file_format, suffix, config, tmp_path):
     """A real write that does not fit; torch's own writer would abort."""
     model = load(config)

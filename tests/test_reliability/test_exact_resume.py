@@ -23,6 +23,11 @@ from mmrpa.hooks.exact_resume import (
 )
 
 
+def long(value):
+    """A parameter whose twin runs in each suite."""
+    return pytest.param(value, marks=pytest.mark.long)
+
+
 @pytest.fixture(scope='module')
 def whole_runs(tmp_path_factory):
     """A function that returns the record of an uninterrupted run."""
@@ -77,7 +82,7 @@ def test_losses_go_on(by, workers, kill_after, tmp_path, whole_runs):
     assert_goes_on(whole_runs(by), killed, resumed, kill_after // 3 * 3 + 1)
 
 
-@pytest.mark.parametrize('kill_after', [8, 15])
+@pytest.mark.parametrize('kill_after', [8, long(15)])
 def test_steps_over_a_finite_sampler(kill_after, tmp_path, whole_runs):
     """DefaultSampler ends after five batches, and is shuffled anew."""
     settings = dict(by='iter', sampler='DefaultSampler')
@@ -104,7 +109,7 @@ class Unseeded:
         yield from torch.randperm(self.num_images).tolist()
 
 
-@pytest.mark.parametrize('by', ['epoch', 'iter'])
+@pytest.mark.parametrize('by', [long('epoch'), 'iter'])
 def test_samplers_without_a_seed(by, tmp_path, whole_runs):
     settings = dict(by=by, sampler='Unseeded')
     whole = whole_runs(**settings)
@@ -132,7 +137,7 @@ class Grouped:
             yield from itertools.islice(groups[np.random.choice(2)], 3)
 
 
-@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('workers', [long(0), 2])
 def test_samplers_that_draw_for_each_batch(workers, tmp_path, whole_runs):
     """Worker processes read ahead: after a start, several batches at once."""
     whole = whole_runs('iter', sampler='Grouped')
@@ -143,7 +148,7 @@ def test_samplers_that_draw_for_each_batch(workers, tmp_path, whole_runs):
     assert 0 < sum(first) < 20 and first[:10] != first[10:]
 
 
-@pytest.mark.parametrize('by', ['epoch', 'iter'])
+@pytest.mark.parametrize('by', [long('epoch'), 'iter'])
 def test_without_a_seed_in_the_config(by, tmp_path):
     """The sampler's seed, too, is that of the first process."""
     recorder, resumed = Recorder(8), Recorder()

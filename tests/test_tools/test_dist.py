@@ -66,7 +66,9 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-@pytest.mark.parametrize('nodes', [1, 2], ids=['one-node', 'two-nodes'])
+@pytest.mark.parametrize('nodes', [
+    pytest.param(1, id='one-node'),
+    pytest.param(2, id='two-nodes', marks=pytest.mark.long)])
 def test_two_processes_train_as_one(nodes, alone, configs, data, write_config,
                                     run_tool, tmp_path):
     """On one machine, or by two launchers that find each other."""

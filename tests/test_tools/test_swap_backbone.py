@@ -125,7 +125,8 @@ def _with_resnet(host: str, content: dict) -> dict:
 
 
 @pytest.mark.parametrize('host, own', [
-    ('mmdet', False), ('mmseg', True), ('mmpretrain', False)])
+    ('mmdet', False), ('mmseg', True),
+    pytest.param('mmpretrain', False, marks=pytest.mark.long)])
 def test_swapped_configs_train(host, own, data, configs, write_config, main,
                                run_tool, tmp_path):
     """By tools/train.py, or by the host's own script."""
