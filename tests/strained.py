@@ -3,6 +3,7 @@
 import copy
 from contextlib import nullcontext
 from functools import partial
+from unittest.mock import patch
 
 import torch
 from stress import (
@@ -10,6 +11,7 @@ from stress import (
     CANCELS,
     EMPTY,
     PROJECTED,
+    REPS,
     ROUNDING,
     SUMS,
     TIES,
@@ -24,7 +26,7 @@ from stress import (
 )
 
 from mmrpa.layers import RPAttention
-from mmrpa.ops import rp_attention_qkv
+from mmrpa.ops import naive, rp_attention_qkv
 from mmrpa.optim.half_operators import Float32Products
 
 C, HEADS, M, DIMS = 96, 3, 16, 32
@@ -132,8 +134,24 @@ def compare(tensors, grad, dtype, impls, hw_shape, listed=None, floor=1e-2,
             noise = (half_noise(goal, dtype, floor) if impl == 'triton' else
                      rounding_noise(lambda: in_float64(doubles, scale * held),
                                     goal))
+        elif REPS in listed.values():
+            with rounded_representatives(dtype):
+                moved = scaled(in_float64(doubles, held), scale)
+            noise = {n: (moved[n] - e).norm().item() for n, e in goal.items()}
         check(actual, goal, dtype, listed, noise)
     return exact
+
+
+def rounded_representatives(dtype):
+    """Let the naive operator round K_rep and V_rep to half, forward."""
+    distribute = naive.distribute
+
+    def rounded(q, k_rep, v_rep, scale):
+        k_rep, v_rep = (x + (x.to(dtype).to(x.dtype) - x).detach()
+                        for x in (k_rep, v_rep))
+        return distribute(q, k_rep, v_rep, scale)
+
+    return patch.object(naive, 'distribute', rounded)
 
 
 def half_noise(exact, dtype, floor):

@@ -33,6 +33,7 @@ from stress import (
     BOUNDS,
     CANCELS,
     PROJECTED,
+    REPS,
     ROUNDING,
     VANISHES,
     largest_change,
@@ -172,6 +173,8 @@ def test_operator_with_logits_near_one(dtype, impl, hw_shape):
         size = logits.abs().max() * (2**-26 if name == 'distribute' else 1)
         assert 0.1 < size < 10, name
     listed = dict.fromkeys('qk', VANISHES) if dtype == torch.float16 else {}
+    if impl == 'triton' and dtype == torch.bfloat16:
+        listed = dict(q=REPS)
     exact = compare(tensors, grad.to(dtype), dtype, [impl], hw_shape, listed,
                     scale=SCALE * 2**-26)
     assert exact['out'].abs().max() > 5e3
