@@ -279,7 +279,7 @@ def compare_layer(layer, x, grad, dtype, modes, impls, hw_shape,
         work = dtype if mode == 'pure' else torch.float32
         amp = dtype if mode == 'autocast' else None
         tried = copy.deepcopy(layer).to(work)
-        if {TIES, PROJECTED} & set(listed.values()):
+        if mode != 'float32' and {TIES, PROJECTED} & set(listed.values()):
             with torch.no_grad(), products(hw_shape), autocast(amp):
                 qkv = tried.qkv(x.to(work)).double()
         if PROJECTED in listed.values():

@@ -161,13 +161,13 @@ def _schedule_changes(runner: Any, checkpoint: dict) -> Iterator[str]:
 
 def _difference(runner: Any, schedule: Any, state: dict) -> str:
     """How a schedule of the config differs from the one in a checkpoint."""
+    # A schedule of the user's own may save something else than it has.
+    own = schedule.state_dict()
     public = [{key for key in names if not key.startswith('_')}
-              for names in (state, schedule.state_dict())]
+              for names in (state, own)]
     if public[0] != public[1]:
         return ('in the checkpoint is one of another kind, with '
                 f'{", ".join(sorted(public[0] - public[1])) or "less"}')
-    # A schedule of the user's own may save something else than it has.
-    own = schedule.state_dict()
     keys = [key for key in (*_arguments(schedule), 'min_values')
             if key in own and key in state
             and _plain(own[key]) != _plain(state[key])]
