@@ -1,6 +1,5 @@
 """Fixtures for all tests."""
 
-import logging
 import os
 
 import pytest
@@ -27,17 +26,14 @@ def no_default_scope() -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_closed_logs() -> None:
-    """Drop log files that were closed under the logger of an earlier test.
+def no_earlier_loggers() -> None:
+    """Forget the loggers of earlier tests, whose streams are closed by now.
 
-    uvicorn closes every handler of the process when it starts, and mmengine's
-    init_weights() writes to the streams of file handlers without a look.
+    mmengine keeps one for each name, with the standard output that pytest has
+    put in place of the real one for the test that asked first; uvicorn closes
+    every handler of the process when it starts.
     """
-    for logger in MMLogger._instance_dict.values():
-        for handler in list(logger.handlers):
-            if isinstance(handler, logging.FileHandler) and (
-                    handler.stream is None):
-                logger.removeHandler(handler)
+    MMLogger._instance_dict.clear()
 
 
 @pytest.fixture(autouse=True)
