@@ -43,7 +43,6 @@ from mmrpa.transfer.runs import (
     load_backbone,
     merge_weights,
     read_record,
-    write_record,
 )
 from mmrpa.weights import read_checkpoint, write_checkpoint
 from mmrpa.weights.files import check_output
@@ -151,8 +150,8 @@ def align(args: argparse.Namespace) -> None:
                           seed=args.seed, log=say)
         before = transfer_errors(transfer, images[:NUM_MEASURED])
     runner = build_runner(transfer, args.images, work_dir, settings,
-                          args.num_workers, args.launcher, resume)
-    master_only(write_record)(work_dir, dict(record, before=before))
+                          args.num_workers, args.launcher, resume,
+                          dict(record, before=before))
     runner.train()
 
     after = transfer_errors(transfer,

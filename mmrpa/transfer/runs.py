@@ -9,7 +9,8 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.dist import get_world_size
+from mmengine.dist import get_world_size, master_only
+from mmengine.hooks import Hook
 from mmengine.model import ImgDataPreprocessor
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
@@ -196,7 +197,7 @@ def merge_weights(student: nn.Module, prefix: str,
 
 def build_runner(transfer: AttentionTransfer, folder: str, work_dir: str,
                  settings: Settings, num_workers: int, launcher: str,
-                 resume: bool) -> Runner:
+                 resume: bool, record: Mapping[str, Any]) -> Runner:
     """mmengine's Runner of an attention transfer.
 
     Args:
@@ -209,6 +210,7 @@ def build_runner(transfer: AttentionTransfer, folder: str, work_dir: str,
         launcher (str): ``'none'``, ``'pytorch'`` or ``'slurm'``; a process
             group that is there already is used.
         resume (bool): Go on from the last checkpoint.
+        record (Mapping): For :class:`RecordHook`.
 
     Raises:
         ImageFolderError: There are no images.
@@ -250,7 +252,7 @@ def build_runner(transfer: AttentionTransfer, folder: str, work_dir: str,
                 type='mmrpa.SafeCheckpointHook',
                 interval=1,
                 max_keep_ckpts=2)),
-        custom_hooks=[PhaseHook(settings.layer_epochs)],
+        custom_hooks=[PhaseHook(settings.layer_epochs), RecordHook(record)],
         launcher=launcher,
         resume=resume,
         randomness=dict(seed=settings.seed),
@@ -303,16 +305,32 @@ def build_preprocessor(normalisation: Mapping[str, Any]
 
 
 def read_record(work_dir: str) -> Dict[str, Any]:
-    """What :func:`write_record` wrote, ``{}`` if there is nothing."""
+    """What :class:`RecordHook` wrote, ``{}`` if there is nothing."""
     path = Path(work_dir, RECORD)
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def write_record(work_dir: str, record: Mapping[str, Any]) -> None:
-    """Note what a run is, for the one that resumes it."""
-    Path(work_dir).mkdir(parents=True, exist_ok=True)
-    with whole_file(Path(work_dir, RECORD)) as temporary:
-        temporary.write_text(json.dumps(dict(record), indent=2))
+class RecordHook(Hook):
+    """Note what a run is, for the one that resumes it.
+
+    That is after the checkpoint hook, which notes the checkpoints of an
+    earlier run as such: a run that is killed between the two leaves no record
+    of its own beside checkpoints that seem to be of it.
+
+    Args:
+        record (Mapping): What :func:`read_record` will return.
+    """
+
+    priority = 'LOWEST'
+
+    def __init__(self, record: Mapping[str, Any]) -> None:
+        self._text = json.dumps(dict(record), indent=2)
+
+    @master_only
+    def before_train(self, runner: Runner) -> None:
+        """Write the record into the working directory."""
+        with whole_file(Path(runner.work_dir, RECORD)) as temporary:
+            temporary.write_text(self._text)
 
 
 def differences(old: Mapping[str, Any],

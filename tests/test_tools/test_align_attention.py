@@ -129,21 +129,26 @@ def test_interrupted_while_saving_and_resumed(tool, case, tmp_path, capsys):
         assert torch.equal(value, whole[name]), name
 
 
-def test_killed_before_its_first_checkpoint(tool, case, tmp_path, capsys):
+@pytest.mark.parametrize('where, told', [
+    ('mmrpa.hooks.safe_checkpoint._note_others', 'seed: 0, now 5'),
+    ('mmrpa.transfer.align.PhaseHook.before_train_epoch',
+     'are of an earlier training')])
+def test_killed_before_its_first_checkpoint(tool, case, tmp_path, capsys,
+                                            where, told):
     """The weights of the run before it must not get its name."""
     assert run(tool, case) == 0
 
-    def interrupt(self, runner):
+    def interrupt(*args):
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PhaseHook, 'before_train_epoch', interrupt)
+        patch.setattr(where, interrupt)
         with pytest.raises(KeyboardInterrupt):
             run(tool, case, '--seed', 5)
     capsys.readouterr()
     case[-1] = tmp_path / 'resumed.pth'
     assert run(tool, case, '--seed', 5, '--resume') == 2
-    assert 'are of an earlier training' in capsys.readouterr().err
+    assert told in capsys.readouterr().err
     assert not case[-1].exists()
 
 
