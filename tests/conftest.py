@@ -1,16 +1,20 @@
 """Fixtures for all tests."""
 
+import importlib.util
 import os
+from collections.abc import Iterator
 
+import interpreter_rounding
 import pytest
 import torch
-from mmengine.logging import MMLogger
-from mmengine.registry import DefaultScope
+from mmengine.utils import ManagerMixin
 
 # Triton decides when it is imported, which mmrpa does after this, whether its
 # kernels are for a GPU or for its interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault('TRITON_INTERPRET', '1')
+    if importlib.util.find_spec('triton') is not None:
+        interpreter_rounding.install()
 
 
 @pytest.fixture(autouse=True)
@@ -20,20 +24,21 @@ def seed() -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_default_scope() -> None:
-    """Forget the host that an earlier test has made the default."""
-    DefaultScope._instance_dict.clear()
+def no_earlier_run() -> None:
+    """Forget what mmengine keeps of earlier tests' runs.
 
-
-@pytest.fixture(autouse=True)
-def no_earlier_loggers() -> None:
-    """Forget the loggers of earlier tests, whose streams are closed by now.
-
-    mmengine keeps one for each name, with the standard output that pytest has
-    put in place of the real one for the test that asked first; uvicorn closes
-    every handler of the process when it starts.
+    The host that was made the default one, and by their names, which are the
+    second of the start, loggers, message hubs and visualizers. Those write to
+    streams and folders that were closed and removed with their test.
     """
-    MMLogger._instance_dict.clear()
+    for manager in _with_subclasses(ManagerMixin):
+        manager._instance_dict.clear()
+
+
+def _with_subclasses(cls: type) -> Iterator[type]:
+    yield cls
+    for subclass in cls.__subclasses__():
+        yield from _with_subclasses(subclass)
 
 
 @pytest.fixture(autouse=True)

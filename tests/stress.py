@@ -4,7 +4,7 @@ The relative error of a tensor is the norm of its difference from float64's,
 over the norm of float64's own, where float64 gets the same, already rounded,
 inputs and parameters. No tensor is measured by another one's size. A test
 names those that leave nothing to be relative to (its *listed* tensors), with
-one of six reasons, and allows them what the reason explains, which is
+one of five reasons, and allows them what the reason explains, which is
 computed for each run:
 
 - ``CANCELS``: the true value is a difference far below rounding of what it is
@@ -17,9 +17,6 @@ computed for each run:
 - ``PROJECTED``: a layer rounds Q, K and V to half, which is theirs to lose and
   moves what follows by more than the bound. Allowed: how far float64's own
   result moves when it is given the layer's rounded Q, K and V.
-- ``REPS``: Triton's kernels round K_rep and V_rep to half, for products on
-  tensor cores, and it comes of differences between these. Allowed: how far
-  float64's own result moves when both are rounded so.
 - ``EMPTY``: it is made of what vanishes. Zeros may come out, nothing larger.
 - ``TIES``: at inputs of 1e4 two logits may be nearer to each other than one
   rounding moves them. Allowed: eight times what float64's own result moves
@@ -40,7 +37,6 @@ BOUNDS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-3}
 CASES = ('one', 'dead', 'large', 'small', 'tiny', 'constant')
 CANCELS, TIES, PROJECTED = 'cancels', 'ties', 'moved by the projection'
 VANISHES, EMPTY = 'vanishes', 'made of what vanishes'
-REPS = 'moved by rounded representatives'
 # A float32 sum over tokens rounds at many of its terms, and equal tokens round
 # alike: up to 50 times what one rounding of the sum changes was measured.
 SUMS = 64
@@ -146,7 +142,7 @@ def allowance(name, exact, actual, dtype, listed, noise):
         dtype (torch.dtype): The half dtype of the case.
         listed (dict[str, str]): Reasons by name.
         noise (dict[str, float]): What float64 moves by if it is for
-            ``CANCELS``, ``TIES``, ``PROJECTED`` or ``REPS``.
+            ``CANCELS``, ``TIES`` or ``PROJECTED``.
     """
     reason = listed.get(name)
     if reason is None:
@@ -155,7 +151,7 @@ def allowance(name, exact, actual, dtype, listed, noise):
         return exact.norm().item()
     if reason == VANISHES:
         return loss(exact, dtype)
-    times = {CANCELS: SUMS, TIES: 8, PROJECTED: 1, REPS: 1}[reason]
+    times = {CANCELS: SUMS, TIES: 8, PROJECTED: 1}[reason]
     return loss(exact, actual.dtype) + times * noise[name]
 
 

@@ -38,13 +38,15 @@ def _weights(ptr, i, head, H, cols, D):
 
 @triton.jit
 def finish_kernel(k_part, z_part, mass_part, weight_ptr, k_ptr, z_ptr,
-                  mass_ptr, v_rep_ptr, splits, M, D, H, interact_scale,
-                  MEAN: tl.constexpr, INTERACT: tl.constexpr,
+                  mass_ptr, k_rep_ptr, v_rep_ptr, v_mean_ptr, splits, M, D, H,
+                  interact_scale, MEAN: tl.constexpr, INTERACT: tl.constexpr,
                   RESIDUAL: tl.constexpr, BLOCK_M: tl.constexpr,
                   BLOCK_D: tl.constexpr):
     """Add up Gather's splits, divide by the mass; Interact if INTERACT.
 
-    Grid (B * h, blocks of M); Interact needs all M in one block.
+    Grid (B * h, blocks of M); Interact needs all M in one block. With it,
+    ``k_rep`` and ``v_rep`` get what ``distribute_kernel`` wants, K_rep and
+    V_rep less their means over M, and ``v_mean`` (B * h, d) the latter's.
     """
     bh = tl.program_id(0)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -72,7 +74,14 @@ def finish_kernel(k_part, z_part, mass_part, weight_ptr, k_ptr, z_ptr,
         v_rep = _dot(a / tl.sum(a, 1)[:, None], v, EXACT)
         if RESIDUAL:
             v_rep += z
-        _put_rows(v_rep_ptr + bh * M * D, D, m, cols, M, D, v_rep)
+        # Rows past M: those of k_rep are 0, but attention gave v_rep some.
+        k_mean = tl.sum(k_rep, 0) / M
+        v_mean = tl.sum(tl.where(m[:, None] < M, v_rep, 0.), 0) / M
+        _put_rows(k_rep_ptr + bh * M * D, D, m, cols, M, D,
+                  k_rep - k_mean[None, :])
+        _put_rows(v_rep_ptr + bh * M * D, D, m, cols, M, D,
+                  v_rep - v_mean[None, :])
+        tl.store(v_mean_ptr + bh * D + cols, v_mean, mask=cols < D)
 
 
 @triton.jit
@@ -84,9 +93,9 @@ def interact_backward_kernel(keys_part, values_part, weight_ptr, k_ptr, z_ptr,
                              BLOCK_D: tl.constexpr):
     """From Distribute's backward to what Gather's wants, through Interact.
 
-    Grid (B * h), all M in one block. Writes G_k, G_z and the offset of
-    ``fused.gather_backward`` divided by ``unit`` (B * h), which keeps them
-    within the range of float16, and the weights' gradients
+    Grid (B * h), all M in one block. Writes G_k, G_z (in the tokens' dtype)
+    and the offset of ``fused.gather_backward`` divided by ``unit`` (B * h),
+    which keeps them within the range of float16, and the weights' gradients
     (B * h, 3, d, d). A representative without tokens has a G of up to a
     million times the others', which the routing multiplies by next to
     nothing: it must not make the others vanish.
@@ -130,20 +139,26 @@ def interact_backward_kernel(keys_part, values_part, weight_ptr, k_ptr, z_ptr,
               _dot(z_t, grad_key, EXACT))
     _put_rows(grad_weight_ptr + 2 * D * D, D, cols, cols, D, D,
               _dot(z_t, grad_v, EXACT))
-    offset = tl.zeros([BLOCK_M], tl.float32)
     most = tl.full([BLOCK_M, 1], 1., tl.float32)  # no P is larger
     if MEAN:
         mass = tl.load(mass_ptr + bh * M + m, mask=m < M, other=1.)
         divisor = tl.maximum(mass, MASS_EPS)[:, None]
         grad_k = grad_k / divisor
         grad_z = grad_z / divisor
-        offset = tl.sum(k_rep * grad_k + z * grad_z, 1)
-        offset = tl.where(mass >= MASS_EPS, offset, 0.)
         most = tl.minimum(divisor, 1.)
     unit = HEADROOM * tl.maximum(tl.max(tl.abs(grad_k) * most),
                                  tl.max(tl.abs(grad_z) * most))
     unit = tl.where(unit > 0, unit, 1.)
-    _put_rows(grad_k_ptr + bh * M * D, D, m, cols, M, D, grad_k / unit)
-    _put_rows(grad_z_ptr + bh * M * D, D, m, cols, M, D, grad_z / unit)
-    tl.store(offset_ptr + bh * M + m, offset / unit, mask=m < M)
+    dtype = grad_k_ptr.dtype.element_ty
+    grad_k = (grad_k / unit).to(dtype).to(tl.float32)
+    grad_z = (grad_z / unit).to(dtype).to(tl.float32)
+    offset = tl.zeros([BLOCK_M], tl.float32)
+    if MEAN:
+        # Of what is stored: what tokens and representatives have in common
+        # must meet the same numbers in both of Gather's terms to cancel.
+        offset = tl.sum(k_rep * grad_k + z * grad_z, 1)
+        offset = tl.where(mass >= MASS_EPS, offset, 0.)
+    _put_rows(grad_k_ptr + bh * M * D, D, m, cols, M, D, grad_k)
+    _put_rows(grad_z_ptr + bh * M * D, D, m, cols, M, D, grad_z)
+    tl.store(offset_ptr + bh * M + m, offset, mask=m < M)
     tl.store(unit_ptr + bh, unit)

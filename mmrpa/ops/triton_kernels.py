@@ -6,6 +6,12 @@ one head of one image; ``BLOCK_*`` are powers of two of at least 16, and masks
 cover the rest. Products take their operands in the tokens' dtype and add up in
 float32.
 
+Distribute gets K_rep and V_rep less their means over M. No softmax over M and
+no gradient of one changes by that, and the output gets V_rep's mean again in
+float32: so it is the differences between representatives that are rounded to
+the tokens' dtype. These are means over many tokens, and can differ by less
+than a half number's rounding.
+
 M may take several blocks. The softmaxes run over all of them, so a program
 that sums for one block goes over the others once for the softmax's total.
 """
@@ -140,16 +146,16 @@ def _tap(ptr, channels, D_mask, tap, TAPS: tl.constexpr):
 
 
 @triton.jit
-def distribute_kernel(q_ptr, k_rep_ptr, v_rep_ptr, v_ptr, dwc_weight,
-                      dwc_bias, out_ptr, q_sb, q_sn, q_sh, v_sb, v_sn, v_sh,
-                      out_sb, out_sn, out_sh, scale, N, M, D, H, height,
-                      width, KERNEL: tl.constexpr, BIAS: tl.constexpr,
+def distribute_kernel(q_ptr, k_rep_ptr, v_rep_ptr, v_mean_ptr, v_ptr,
+                      dwc_weight, dwc_bias, out_ptr, q_sb, q_sn, q_sh, v_sb,
+                      v_sn, v_sh, out_sb, out_sn, out_sh, scale, N, M, D, H,
+                      height, width, KERNEL: tl.constexpr, BIAS: tl.constexpr,
                       BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
                       BLOCK_D: tl.constexpr, BLOCKS: tl.constexpr,
                       PRECISION: tl.constexpr):
     """softmax(Q K_rep^T) V_rep, plus the convolution of V if KERNEL.
 
-    Grid (blocks of N, B * h).
+    Grid (blocks of N, B * h). ``v_mean`` (B * h, d) is what V_rep lacks.
     """
     bh = tl.program_id(1)
     batch, head = (bh // H).to(tl.int64), bh % H
@@ -172,7 +178,8 @@ def distribute_kernel(q_ptr, k_rep_ptr, v_rep_ptr, v_ptr, dwc_weight,
         total = total * shrink + tl.sum(s, 1)
         out = out * shrink[:, None] + _dot(s.to(q.dtype), values, PRECISION)
         top = new
-    out = out / total[:, None]
+    v_mean = tl.load(v_mean_ptr + bh * D + cols, mask=cols < D, other=0.)
+    out = out / total[:, None] + v_mean[None, :]
     if KERNEL > 0:
         num_cls = N - height * width
         v_ptr += batch * v_sb + head * v_sh
@@ -199,8 +206,9 @@ def distribute_backward_kernel(
         BLOCKS: tl.constexpr, PRECISION: tl.constexpr):
     """The gradient of Q, and one split's part of those of K_rep and V_rep.
 
-    Grid (splits, B * h, blocks of M). ``keys_part`` is of scale * K_rep. The
-    programs of the first block of M write the gradient of Q.
+    Grid (splits, B * h, blocks of M). K_rep and V_rep are less their means, as
+    in ``distribute_kernel``. ``keys_part`` is of scale * K_rep. The programs
+    of the first block of M write the gradient of Q.
     """
     split, splits = tl.program_id(0), tl.num_programs(0)
     bh, block = tl.program_id(1), tl.program_id(2)

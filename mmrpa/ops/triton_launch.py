@@ -154,11 +154,11 @@ def forward(
     batch, num_tokens, heads, dims = q.shape
     m = anchors.shape[1]
     tile = tiles(q, m)
-    reps, v_rep = _gather(k, v, anchors, weight, proj, options, tile)
+    reps, attended = _gather(k, v, anchors, weight, proj, options, tile)
     size, dwc_weight_, dwc_bias_ = _convolution(dwc_weight, dwc_bias, v)
     grid = (triton.cdiv(num_tokens, tile.block_n), batch * heads)
     kernels.distribute_kernel[grid](
-        q, reps.k, v_rep, v, dwc_weight_, dwc_bias_, out,
+        q, *attended, v, dwc_weight_, dwc_bias_, out,
         *_strides(q, v, out), options.scale, num_tokens, m, dims, heads,
         *hw_shape, KERNEL=size, BIAS=dwc_bias is not None, **tile.constants)
     return out, reps
@@ -166,8 +166,13 @@ def forward(
 
 def _gather(k: Tensor, v: Tensor, anchors: Tensor, weight: Tensor,
             proj: Optional[Tensor], options: Options,
-            tile: Tiles) -> Tuple[Representatives, Tensor]:
-    """Gather and Interact: the representatives, and V_rep."""
+            tile: Tiles) -> Tuple[Representatives, Tuple[Tensor, ...]]:
+    """Gather and Interact.
+
+    Returns:
+        tuple: The representatives, and what Distribute reads: K_rep and V_rep
+        less their means over M (B, h, M, d), and V_rep's mean (B, h, 1, d).
+    """
     batch, num_tokens, heads, dims = k.shape
     m = anchors.shape[1]
     inside = _interacts(weight, proj, m)
@@ -182,14 +187,23 @@ def _gather(k: Tensor, v: Tensor, anchors: Tensor, weight: Tensor,
         k, v, anchors, *parts, *_strides(k, v), _anchor_stride(anchors),
         num_tokens, m, dims, heads, tile.split_tokens, **tile.constants)
     reps = Representatives(empty(m, dims), empty(m, dims), empty(m))
-    v_rep = empty(m, dims) if inside else reps.z
+    attended = ((empty(m, dims), empty(m, dims), empty(1, dims)) if inside else
+                (reps.k, reps.z, reps.z))  # which the kernel leaves alone
     triton_interact.finish_kernel[batch * heads, triton.cdiv(m, block_m)](
-        *parts, weight, *reps, v_rep, tile.splits, m, dims, heads, dims**-0.5,
-        MEAN=options.reduction == 'mean', INTERACT=inside,
+        *parts, weight, *reps, *attended, tile.splits, m, dims, heads,
+        dims**-0.5, MEAN=options.reduction == 'mean', INTERACT=inside,
         RESIDUAL=options.residual, BLOCK_M=block_m, BLOCK_D=tile.block_d)
     if not inside:
-        v_rep = interact(reps.z, weight, proj, options.residual).contiguous()
-    return reps, v_rep
+        v_rep, v_mean = _centred(
+            interact(reps.z, weight, proj, options.residual))
+        attended = _centred(reps.k)[0], v_rep, v_mean
+    return reps, attended
+
+
+def _centred(reps: Tensor) -> Tuple[Tensor, Tensor]:
+    """(B, h, M, d) less its mean over M, contiguous, and that mean."""
+    mean = reps.mean(2, keepdim=True)
+    return (reps - mean).contiguous(), mean.contiguous()
 
 
 def backward(
@@ -218,11 +232,11 @@ def backward(
     parts = empty(tile.splits, m, dims), empty(tile.splits, m, dims)
     grid = (tile.splits, batch * heads, tile.blocks)
     kernels.distribute_backward_kernel[grid](
-        q, reps.k, done.v_rep.contiguous(), grad_out, grad_q, *parts,
-        *_strides(q, grad_out, grad_q), options.scale, num_tokens, m, dims,
-        heads, tile.split_tokens, **tile.constants)
+        q, _centred(reps.k)[0], _centred(done.v_rep)[0], grad_out, grad_q,
+        *parts, *_strides(q, grad_out, grad_q), options.scale, num_tokens, m,
+        dims, heads, tile.split_tokens, **tile.constants)
     routed, grad_weight, grad_proj = _interact_backward(
-        parts, weight, proj, options, reps, done, tile)
+        parts, weight, proj, options, reps, done, tile, k.dtype)
 
     size, dwc_weight_, _ = _convolution(dwc_weight, dwc_bias, v)
     anchors_part = empty(tile.splits, m, dims)
@@ -248,18 +262,20 @@ def backward(
 def _interact_backward(
     parts: Tuple[Tensor, Tensor], weight: Tensor, proj: Optional[Tensor],
     options: Options, reps: Representatives, done: fused.Interacted,
-    tile: Tiles
+    tile: Tiles, dtype: torch.dtype
 ) -> Tuple[Tuple[Tensor, ...], Tensor, Optional[Tensor]]:
     """From the parts of dK_rep and dV_rep to what Gather's backward wants.
 
     Returns:
-        tuple: G_k and G_z (B, h, M, d), the offset (B, h, M) and the unit
-        (B, h) that they were divided by; gradients of weight and proj.
+        tuple: G_k and G_z (B, h, M, d) in ``dtype``, the offset (B, h, M) and
+        the unit (B, h) that they were divided by; gradients of weight and
+        proj.
     """
     batch, heads, m, dims = reps.k.shape
     mean = options.reduction == 'mean'
     if _interacts(weight, proj, m):
-        routed = (torch.empty_like(reps.k), torch.empty_like(reps.z),
+        routed = (torch.empty_like(reps.k, dtype=dtype),
+                  torch.empty_like(reps.z, dtype=dtype),
                   torch.empty_like(reps.mass), reps.mass.new_empty(batch,
                                                                    heads))
         grad_weight = weight.new_empty(batch, heads, 3, dims, dims)
@@ -273,16 +289,20 @@ def _interact_backward(
     grad_k = grad_k * options.scale
     grad_z, grad_weight, grad_proj = fused.interact_backward(
         reps.z, weight, proj, options.residual, done, grad_v_rep)
-    offset = torch.zeros_like(reps.mass)
-    if mean:
-        grad_k, grad_z, offset = fused.mean_backward(reps, grad_k, grad_z)
     most = torch.ones_like(reps.mass)  # no P is larger
     if mean:
-        most = reps.mass.clamp(MASS_EPS, 1)
+        divisor = reps.mass.clamp(min=MASS_EPS)
+        grad_k, grad_z = (g / divisor[..., None] for g in (grad_k, grad_z))
+        most = divisor.clamp(max=1)
     unit = triton_interact.HEADROOM.value * torch.maximum(
         *((g.abs() * most.unsqueeze(-1)).amax((2, 3))
           for g in (grad_k, grad_z)))
     unit = torch.where(unit > 0, unit, torch.ones_like(unit))
-    routed = (*((g / unit[..., None, None]).contiguous()
-                for g in (grad_k, grad_z)), offset / unit[..., None], unit)
-    return routed, grad_weight, grad_proj
+    grad_k, grad_z = ((g / unit[..., None, None]).to(dtype).contiguous()
+                      for g in (grad_k, grad_z))
+    offset = torch.zeros_like(reps.mass)
+    if mean:
+        # See the kernel.
+        offset = (reps.k * grad_k + reps.z * grad_z).sum(-1) * (
+            reps.mass >= MASS_EPS)
+    return (grad_k, grad_z, offset, unit), grad_weight, grad_proj

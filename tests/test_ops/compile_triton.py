@@ -15,21 +15,22 @@ from triton.compiler import ASTSource
 
 from mmrpa.ops import triton_interact, triton_kernels, triton_launch
 
+# What each kernel gets in the dtype of the tokens.
 TOKENS = dict(
     gather_kernel=('k_ptr', 'v_ptr'),
     distribute_kernel=('q_ptr', 'v_ptr', 'out_ptr'),
     distribute_backward_kernel=('q_ptr', 'grad_ptr', 'grad_q_ptr'),
     gather_backward_kernel=('k_ptr', 'v_ptr', 'grad_ptr', 'grad_k_ptr',
-                            'grad_v_ptr'),
+                            'grad_v_ptr', 'g_k_ptr', 'g_z_ptr'),
     finish_kernel=(),
-    interact_backward_kernel=())
+    interact_backward_kernel=('grad_k_ptr', 'grad_z_ptr'))
 NAMES = dict(float32='fp32', bfloat16='bf16', float16='fp16')
 
 
 def compile_kernel(name, dtype, dims, m, capability):
     """Compile as ``triton_launch`` would launch it; bytes of shared memory."""
-    module = triton_kernels if TOKENS[name] else triton_interact
-    kernel = getattr(module, name)
+    on_tokens = hasattr(triton_kernels, name)
+    kernel = getattr(triton_kernels if on_tokens else triton_interact, name)
     itemsize = getattr(torch, dtype).itemsize
     block_n, block_m, block_d, stages = triton_launch.block_sizes(
         dims, m, itemsize)
@@ -39,7 +40,7 @@ def compile_kernel(name, dtype, dims, m, capability):
         return None
     options = dict(num_warps=8, num_stages=stages)
     blocks = triton.cdiv(m, block_m)
-    if not TOKENS[name]:
+    if not on_tokens:
         options, block_m = {}, max(16, triton.next_power_of_2(
             m)) if inside else block_m
     constants = dict(

@@ -22,6 +22,7 @@ from strained import (
     M,
     compare,
     compare_layer,
+    first_head,
     layer_and_tokens,
     listed_in,
     operands,
@@ -34,8 +35,9 @@ from mmrpa.ops import computes_layer
 long = pytest.mark.long
 
 
-def check_operator(case, dtype, impls, hw_shape, listed, floor=1e-2):
-    tensors, grad = operands(case, hw_shape)
+def check_operator(case, dtype, impls, hw_shape, listed, floor=1e-2,
+                   part=lambda tensors, grad: (tensors, grad)):
+    tensors, grad = part(*operands(case, hw_shape))
     tensors = {name: t.to(dtype) for name, t in tensors.items()}
     if case == 'tiny' and dtype == torch.bfloat16:
         assert tensors['qkv'].abs().max() < 1e-7  # the case is what it says
@@ -73,6 +75,18 @@ def test_triton(case, impl, dtype):
         case, dtype, [impl], (5, 7),
         listed_in(case, dtype, TRITON_LISTED, TRITON_LISTED_FLOAT16),
         0.1 if case == 'constant' else 1e-2)
+
+
+@long
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('impl', [TRITON])
+@pytest.mark.parametrize('case', CASES)
+def test_triton_at_full_size(case, impl, dtype):
+    """One head: the interpreter takes minutes for it."""
+    check_operator(
+        case, dtype, [impl], FULL,
+        listed_in(case, dtype, TRITON_LISTED, TRITON_LISTED_FLOAT16),
+        0.1 if case == 'constant' else 1e-2, first_head)
 
 
 def check_layer(case, dtype, modes, impls, hw_shape):
