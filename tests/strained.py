@@ -3,6 +3,7 @@
 import copy
 from contextlib import nullcontext
 from functools import partial
+from unittest.mock import patch
 
 import torch
 from stress import (
@@ -24,7 +25,7 @@ from stress import (
 )
 
 from mmrpa.layers import RPAttention
-from mmrpa.ops import rp_attention_qkv
+from mmrpa.ops import naive, rp_attention_qkv
 from mmrpa.optim.half_operators import Float32Products
 
 C, HEADS, M, DIMS = 96, 3, 16, 32
@@ -117,16 +118,18 @@ def run(tensors, grad, impl, hw_shape, **options):
 
 
 def compare(tensors, grad, dtype, impls, hw_shape, listed=None, floor=1e-2,
-            **options):
+            rounded=False, **options):
     """Hold impls to float64's result, and return it.
 
-    ``floor`` is that of ``half_noise``, for Triton's kernels alone.
+    For Triton's kernels alone: ``floor`` is that of ``half_noise``, and with
+    ``rounded`` float64 gets representatives that are rounded as theirs.
     """
     doubles = {name: t.double() for name, t in tensors.items()}
     listed = listed or {}
 
     def in_float64(tensors, grad):
-        return run(tensors, grad, 'naive', hw_shape, **options)
+        with rounded_representatives(dtype) if rounded else nullcontext():
+            return run(tensors, grad, 'naive', hw_shape, **options)
 
     exact, scale, held = exactly(
         lambda grad: in_float64(doubles, grad), grad.double(), dtype)
@@ -146,6 +149,21 @@ def compare(tensors, grad, dtype, impls, hw_shape, listed=None, floor=1e-2,
                                     goal))
         check(actual, goal, dtype, listed, noise)
     return exact
+
+
+def rounded_representatives(dtype):
+    """Let the naive operator round scale * K_rep and V_rep as Triton's kernels
+    do: what is left of them without their means over M, forward."""
+    distribute = naive.distribute
+
+    def as_theirs(reps):
+        rest = reps - reps.mean(-2, keepdim=True)
+        return reps + (rest.to(dtype).to(rest.dtype) - rest).detach()
+
+    def rounded(q, k_rep, v_rep, scale):
+        return distribute(q, as_theirs(scale * k_rep), as_theirs(v_rep), 1.)
+
+    return patch.object(naive, 'distribute', rounded)
 
 
 def half_noise(exact, dtype, floor):

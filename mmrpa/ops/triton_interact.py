@@ -14,9 +14,6 @@ MASS_EPS = tl.constexpr(1e-6)
 # Of Interact's small float32 products: three TF32 products each, which leave
 # an error near float32's and run on tensor cores.
 EXACT = tl.constexpr('tf32x3')
-# 1 / (HEADROOM * MASS_EPS), the largest number that the kernels are handed, is
-# below float16's 65504.
-HEADROOM = tl.constexpr(16.)
 
 
 @triton.jit
@@ -93,12 +90,9 @@ def interact_backward_kernel(keys_part, values_part, weight_ptr, k_ptr, z_ptr,
                              BLOCK_D: tl.constexpr):
     """From Distribute's backward to what Gather's wants, through Interact.
 
-    Grid (B * h), all M in one block. Writes G_k, G_z (in the tokens' dtype)
-    and the offset of ``fused.gather_backward`` divided by ``unit`` (B * h),
-    which keeps them within the range of float16, and the weights' gradients
-    (B * h, 3, d, d). A representative without tokens has a G of up to a
-    million times the others', which the routing multiplies by next to
-    nothing: it must not make the others vanish.
+    Grid (B * h), all M in one block. Writes G_k and G_z, in the tokens' dtype,
+    and the offset of ``fused.gather_backward``, divided by ``unit`` (B * h, M)
+    each; and the weights' gradients (B * h, 3, d, d).
     """
     bh = tl.program_id(0)
     head = bh % H
@@ -139,19 +133,16 @@ def interact_backward_kernel(keys_part, values_part, weight_ptr, k_ptr, z_ptr,
               _dot(z_t, grad_key, EXACT))
     _put_rows(grad_weight_ptr + 2 * D * D, D, cols, cols, D, D,
               _dot(z_t, grad_v, EXACT))
-    most = tl.full([BLOCK_M, 1], 1., tl.float32)  # no P is larger
     if MEAN:
         mass = tl.load(mass_ptr + bh * M + m, mask=m < M, other=1.)
         divisor = tl.maximum(mass, MASS_EPS)[:, None]
         grad_k = grad_k / divisor
         grad_z = grad_z / divisor
-        most = tl.minimum(divisor, 1.)
-    unit = HEADROOM * tl.maximum(tl.max(tl.abs(grad_k) * most),
-                                 tl.max(tl.abs(grad_z) * most))
+    unit = tl.maximum(tl.max(tl.abs(grad_k), 1), tl.max(tl.abs(grad_z), 1))
     unit = tl.where(unit > 0, unit, 1.)
     dtype = grad_k_ptr.dtype.element_ty
-    grad_k = (grad_k / unit).to(dtype).to(tl.float32)
-    grad_z = (grad_z / unit).to(dtype).to(tl.float32)
+    grad_k = (grad_k / unit[:, None]).to(dtype).to(tl.float32)
+    grad_z = (grad_z / unit[:, None]).to(dtype).to(tl.float32)
     offset = tl.zeros([BLOCK_M], tl.float32)
     if MEAN:
         # Of what is stored: what tokens and representatives have in common
@@ -161,4 +152,4 @@ def interact_backward_kernel(keys_part, values_part, weight_ptr, k_ptr, z_ptr,
     _put_rows(grad_k_ptr + bh * M * D, D, m, cols, M, D, grad_k)
     _put_rows(grad_z_ptr + bh * M * D, D, m, cols, M, D, grad_z)
     tl.store(offset_ptr + bh * M + m, offset, mask=m < M)
-    tl.store(unit_ptr + bh, unit)
+    tl.store(unit_ptr + bh * M + m, unit, mask=m < M)

@@ -52,6 +52,18 @@ def _dot(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _scaled_dot(a, b, PRECISION: tl.constexpr):
+    """``_dot`` of float32 a, of which each row is brought to b's range.
+
+    A routing's gradient is of a sum over a mass, which may be 1e-6 or all
+    tokens: further apart than float16's numbers.
+    """
+    top = tl.max(tl.abs(a), 1)
+    top = tl.where(top > 0, top, 1.)
+    return _dot((a / top[:, None]).to(b.dtype), b, PRECISION) * top[:, None]
+
+
+@triton.jit
 def _logits(x, mat, m, M, PRECISION: tl.constexpr):
     """x mat^T, -inf where there is no such representative."""
     logits = _dot(x, tl.trans(mat), PRECISION)
@@ -289,6 +301,9 @@ def gather_backward_kernel(
     Grid (splits, B * h, blocks of M). The programs of the first block of M
     write those of K and V, with the convolution's, whose weights' part is
     (B * h, splits, KERNEL * KERNEL + 1, d), the last row the bias's.
+
+    G_k, G_z and the offset are divided by ``unit`` (B * h, M), the largest
+    number of each representative's.
     """
     split, splits = tl.program_id(0), tl.num_programs(0)
     bh, block = tl.program_id(1), tl.program_id(2)
@@ -302,7 +317,7 @@ def gather_backward_kernel(
     g_k_ptr += bh * M * D
     g_z_ptr += bh * M * D
     offset_ptr += bh * M
-    unit = tl.load(unit_ptr + bh)
+    unit_ptr += bh * M
     cols = tl.arange(0, BLOCK_D)
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)
     dtype = k_ptr.dtype.element_ty
@@ -310,6 +325,7 @@ def gather_backward_kernel(
     g_k = _rows(g_k_ptr, D, m, cols, M, D).to(dtype)
     g_z = _rows(g_z_ptr, D, m, cols, M, D).to(dtype)
     offset = tl.load(offset_ptr + m, mask=m < M, other=0.)
+    unit = tl.load(unit_ptr + m, mask=m < M, other=0.)
     anchors_sum = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     taps = tl.arange(0, BLOCK_TAPS)
     taps_sum = tl.zeros([BLOCK_TAPS, BLOCK_D], tl.float32)
@@ -323,7 +339,7 @@ def gather_backward_kernel(
         logits = _logits(k, anchors, m, M, PRECISION)
         grad_p = _dot(k, tl.trans(g_k), PRECISION)
         grad_p += _dot(v, tl.trans(g_z), PRECISION)
-        grad_p -= offset[None, :]
+        grad_p = (grad_p - offset[None, :]) * unit[None, :]
         if BLOCKS == 1:
             p = tl.exp(logits - tl.max(logits, 1)[:, None])
             p = p / tl.sum(p, 1)[:, None]
@@ -339,17 +355,18 @@ def gather_backward_kernel(
                 p_i = tl.exp(_logits(k, a_i, other, M, PRECISION) -
                              top[:, None])
                 mean += tl.sum(
-                    p_i * _grad_p(k, v, g_k_ptr, g_z_ptr, offset_ptr, other,
-                                  cols, M, D, PRECISION), 1)
+                    p_i * _grad_p(k, v, g_k_ptr, g_z_ptr, offset_ptr, unit_ptr,
+                                  other, cols, M, D, PRECISION), 1)
             mean = mean / total
-        # Rows past N add nothing: k is 0 there, and they are not stored.
-        grad_logits = (p * (grad_p - mean[:, None])).to(dtype)
-        anchors_sum += _dot(tl.trans(grad_logits), k, PRECISION)
+        # Rows past N are not stored, and must not scale the others.
+        p = tl.where(n[:, None] < N, p, 0.)
+        grad_logits = p * (grad_p - mean[:, None])
+        anchors_sum += _scaled_dot(tl.trans(grad_logits), k, PRECISION)
         if block == 0:
-            p_cast = p.to(dtype)  # a branch must not change a type
-            grad_k = _dot(p_cast, g_k, PRECISION)
-            grad_k += _dot(grad_logits, anchors, PRECISION)
-            grad_v = _dot(p_cast, g_z, PRECISION)
+            weight = p * unit[None, :]
+            grad_k = _scaled_dot(weight, g_k, PRECISION)
+            grad_k += _scaled_dot(grad_logits, anchors, PRECISION)
+            grad_v = _scaled_dot(weight, g_z, PRECISION)
             if BLOCKS > 1:
                 for i in range(1, BLOCKS):
                     other = i * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -357,15 +374,16 @@ def gather_backward_kernel(
                     p_i = tl.exp(_logits(k, a_i, other, M, PRECISION) -
                                  top[:, None]) / total[:, None]
                     grad_p_i = _grad_p(k, v, g_k_ptr, g_z_ptr, offset_ptr,
-                                       other, cols, M, D, PRECISION)
+                                       unit_ptr, other, cols, M, D, PRECISION)
                     grad_logits_i = p_i * (grad_p_i - mean[:, None])
-                    p_cast = p_i.to(dtype)
+                    unit_i = tl.load(
+                        unit_ptr + other, mask=other < M, other=0.)
+                    weight_i = p_i * unit_i[None, :]
                     g_k_i = _rows(g_k_ptr, D, other, cols, M, D).to(dtype)
                     g_z_i = _rows(g_z_ptr, D, other, cols, M, D).to(dtype)
-                    grad_k += _dot(p_cast, g_k_i, PRECISION)
-                    grad_k += _dot(grad_logits_i.to(dtype), a_i, PRECISION)
-                    grad_v += _dot(p_cast, g_z_i, PRECISION)
-            grad_v = grad_v * unit
+                    grad_k += _scaled_dot(weight_i, g_k_i, PRECISION)
+                    grad_k += _scaled_dot(grad_logits_i, a_i, PRECISION)
+                    grad_v += _scaled_dot(weight_i, g_z_i, PRECISION)
             if KERNEL > 0:
                 for tap in tl.static_range(KERNEL * KERNEL):
                     grad = _neighbours(grad_ptr, grad_sn, n,
@@ -383,11 +401,10 @@ def gather_backward_kernel(
                         taps_sum += tl.where(
                             taps[:, None] == KERNEL * KERNEL,
                             tl.sum(grad, 0)[None, :], 0.)
-            _put_rows(grad_k_ptr, grad_k_sn, n, cols, N, D, grad_k * unit)
+            _put_rows(grad_k_ptr, grad_k_sn, n, cols, N, D, grad_k)
             _put_rows(grad_v_ptr, grad_v_sn, n, cols, N, D, grad_v)
     part = bh.to(tl.int64) * splits + split
-    _put_rows(anchors_part + part * M * D, D, m, cols, M, D,
-              anchors_sum * unit)
+    _put_rows(anchors_part + part * M * D, D, m, cols, M, D, anchors_sum)
     if KERNEL > 0:
         if block == 0:
             _put_rows(dwc_part + part * (KERNEL * KERNEL + 1) * D, D, taps,
@@ -395,11 +412,12 @@ def gather_backward_kernel(
 
 
 @triton.jit
-def _grad_p(k, v, g_k_ptr, g_z_ptr, offset_ptr, m, cols, M, D,
+def _grad_p(k, v, g_k_ptr, g_z_ptr, offset_ptr, unit_ptr, m, cols, M, D,
             PRECISION: tl.constexpr):
     """The routing's gradient for one block of M; see gather_backward."""
     g_k = _rows(g_k_ptr, D, m, cols, M, D).to(k.dtype)
     g_z = _rows(g_z_ptr, D, m, cols, M, D).to(k.dtype)
     grad_p = _dot(k, tl.trans(g_k), PRECISION)
     grad_p += _dot(v, tl.trans(g_z), PRECISION)
-    return grad_p - tl.load(offset_ptr + m, mask=m < M, other=0.)[None, :]
+    grad_p -= tl.load(offset_ptr + m, mask=m < M, other=0.)[None, :]
+    return grad_p * tl.load(unit_ptr + m, mask=m < M, other=0.)[None, :]

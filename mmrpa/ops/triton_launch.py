@@ -268,7 +268,7 @@ def _interact_backward(
 
     Returns:
         tuple: G_k and G_z (B, h, M, d) in ``dtype``, the offset (B, h, M) and
-        the unit (B, h) that they were divided by; gradients of weight and
+        the unit (B, h, M) that they were divided by; gradients of weight and
         proj.
     """
     batch, heads, m, dims = reps.k.shape
@@ -276,8 +276,7 @@ def _interact_backward(
     if _interacts(weight, proj, m):
         routed = (torch.empty_like(reps.k, dtype=dtype),
                   torch.empty_like(reps.z, dtype=dtype),
-                  torch.empty_like(reps.mass), reps.mass.new_empty(batch,
-                                                                   heads))
+                  torch.empty_like(reps.mass), torch.empty_like(reps.mass))
         grad_weight = weight.new_empty(batch, heads, 3, dims, dims)
         triton_interact.interact_backward_kernel[(batch * heads, )](
             *parts, weight, *reps, *routed, grad_weight, tile.splits, m, dims,
@@ -289,16 +288,12 @@ def _interact_backward(
     grad_k = grad_k * options.scale
     grad_z, grad_weight, grad_proj = fused.interact_backward(
         reps.z, weight, proj, options.residual, done, grad_v_rep)
-    most = torch.ones_like(reps.mass)  # no P is larger
     if mean:
-        divisor = reps.mass.clamp(min=MASS_EPS)
-        grad_k, grad_z = (g / divisor[..., None] for g in (grad_k, grad_z))
-        most = divisor.clamp(max=1)
-    unit = triton_interact.HEADROOM.value * torch.maximum(
-        *((g.abs() * most.unsqueeze(-1)).amax((2, 3))
-          for g in (grad_k, grad_z)))
+        divisor = reps.mass.clamp(min=MASS_EPS).unsqueeze(-1)
+        grad_k, grad_z = (g / divisor for g in (grad_k, grad_z))
+    unit = torch.maximum(*(g.abs().amax(-1) for g in (grad_k, grad_z)))
     unit = torch.where(unit > 0, unit, torch.ones_like(unit))
-    grad_k, grad_z = ((g / unit[..., None, None]).to(dtype).contiguous()
+    grad_k, grad_z = ((g / unit.unsqueeze(-1)).to(dtype).contiguous()
                       for g in (grad_k, grad_z))
     offset = torch.zeros_like(reps.mass)
     if mean:

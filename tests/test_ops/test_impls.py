@@ -237,7 +237,7 @@ def test_all_tokens_on_one_representative_do_not_overflow(impl, n):
 @pytest.mark.parametrize('impl', IMPLS)
 @pytest.mark.parametrize('m,proj', [(8, False), (8, True), (80, False)])
 def test_half_keeps_what_tells_representatives_apart(impl, m, proj):
-    """Means of many tokens are nearly one vector, and differ by 1 to 6 %."""
+    """Means of many tokens are nearly one vector: 0.3 to 6 % tell them."""
     tensors = make_inputs(batch=1, n=256, m=m, d=16, proj=proj)
     for name in 'kv':
         tensors[name] += 4

@@ -28,7 +28,7 @@ from strained import (
     operands,
     run_layer,
 )
-from stress import CASES
+from stress import CASES, EMPTY
 
 from mmrpa.ops import computes_layer
 
@@ -36,13 +36,13 @@ long = pytest.mark.long
 
 
 def check_operator(case, dtype, impls, hw_shape, listed, floor=1e-2,
-                   part=lambda tensors, grad: (tensors, grad)):
+                   part=lambda tensors, grad: (tensors, grad), rounded=False):
     tensors, grad = part(*operands(case, hw_shape))
     tensors = {name: t.to(dtype) for name, t in tensors.items()}
     if case == 'tiny' and dtype == torch.bfloat16:
         assert tensors['qkv'].abs().max() < 1e-7  # the case is what it says
     exact = compare(tensors, grad.to(dtype), dtype, impls, hw_shape,
-                    listed, floor)
+                    listed, floor, rounded)
     if case == 'large':
         assert exact['out'].abs().max() > 5e3
 
@@ -81,12 +81,23 @@ def test_triton(case, impl, dtype):
 @pytest.mark.parametrize('dtype', DTYPES)
 @pytest.mark.parametrize('impl', [TRITON])
 @pytest.mark.parametrize('case', CASES)
-def test_triton_at_full_size(case, impl, dtype):
-    """One head: the interpreter takes minutes for it."""
-    check_operator(
-        case, dtype, [impl], FULL,
-        listed_in(case, dtype, TRITON_LISTED, TRITON_LISTED_FLOAT16),
-        0.1 if case == 'constant' else 1e-2, first_head)
+def test_triton_at_full_size(case, impl, dtype, monkeypatch):
+    """One head, in blocks of 512 tokens: with the 64 of a GPU the interpreter
+    takes six minutes for it.
+
+    At 1e4 rounding decides ties, so float64 rounds what the kernels round;
+    softmaxes are one-hot, and Q's gradient is 1e-40 at the most.
+    """
+    from mmrpa.ops import triton_launch
+    block_sizes = triton_launch.block_sizes
+    monkeypatch.setattr(triton_launch, 'block_sizes',
+                        lambda *sizes: (512, *block_sizes(*sizes)[1:]))
+    listed = listed_in(case, dtype, TRITON_LISTED, TRITON_LISTED_FLOAT16)
+    if case == 'large':
+        listed = dict(q=EMPTY)
+    check_operator(case, dtype, [impl], FULL, listed,
+                   0.1 if case == 'constant' else 1e-2, first_head,
+                   case == 'large')
 
 
 def check_layer(case, dtype, modes, impls, hw_shape):
