@@ -18,6 +18,7 @@ def install():
         if (source, target) != (tl.float32, tl.bfloat16):
             return convert(x, source, target, mode)
         rounded = torch.from_numpy(np.ascontiguousarray(x)).bfloat16()
-        return rounded.view(torch.int16).numpy().view(np.uint16)
+        bits = rounded.view(torch.int16).numpy().view(np.uint16)
+        return bits.reshape(x.shape)
 
     interpreter._convert_float = rounding

@@ -63,13 +63,10 @@ LAYER_LISTED_FLOAT16 = dict(
     tiny=dict(dict.fromkeys(('proj.weight', 'dwc.weight'), EMPTY),
               **dict.fromkeys(('out', 'interact_weight', 'qkv.weight'),
                               VANISHES)))
-# Triton's kernels round to half in between: a tenth, or a hundredth, of the
-# bound relative to the largest gradient is what can be said of these.
-TRITON_LISTED = dict(LISTED, one=ROUTED, dead=dict(q=CANCELS), large={})
-
-
-# In float16 Q's and K's of ``one`` vanish for float64; Triton's cancel, too.
-TRITON_LISTED_FLOAT16 = dict(LISTED_FLOAT16, one={}, large={})
+# Triton's kernels round to half in between: of what cancels, a tenth or a
+# hundredth of the bound relative to the largest gradient can be said.
+TRITON_LISTED = dict(LISTED, large={})
+TRITON_LISTED_FLOAT16 = dict(LISTED_FLOAT16, large={})
 
 
 def listed_in(case, dtype, always=LISTED, float16=LISTED_FLOAT16):

@@ -1,7 +1,8 @@
 """The Triton kernels of RPAttention between Gather and Distribute.
 
 They add up what the splits of the tokens left and do Interact: one program for
-one head of one image, on (B * h, M, d) in float32. See ``triton_kernels.py``.
+one head of one image, on (B * h, M, d) in float32. What the kernels on tokens
+multiply with tokens is in the tokens' dtype. See ``triton_kernels.py``.
 """
 
 import triton
@@ -35,15 +36,13 @@ def _weights(ptr, i, head, H, cols, D):
 
 @triton.jit
 def finish_kernel(k_part, z_part, mass_part, weight_ptr, k_ptr, z_ptr,
-                  mass_ptr, k_rep_ptr, v_rep_ptr, v_mean_ptr, splits, M, D, H,
-                  interact_scale, MEAN: tl.constexpr, INTERACT: tl.constexpr,
+                  mass_ptr, v_rep_ptr, splits, M, D, H, interact_scale,
+                  MEAN: tl.constexpr, INTERACT: tl.constexpr,
                   RESIDUAL: tl.constexpr, BLOCK_M: tl.constexpr,
                   BLOCK_D: tl.constexpr):
     """Add up Gather's splits, divide by the mass; Interact if INTERACT.
 
-    Grid (B * h, blocks of M); Interact needs all M in one block. With it,
-    ``k_rep`` and ``v_rep`` get what ``distribute_kernel`` wants, K_rep and
-    V_rep less their means over M, and ``v_mean`` (B * h, d) the latter's.
+    Grid (B * h, blocks of M); Interact needs all M in one block.
     """
     bh = tl.program_id(0)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -66,19 +65,57 @@ def finish_kernel(k_part, z_part, mass_part, weight_ptr, k_ptr, z_ptr,
         q = _dot(z, _weights(weight_ptr, 0, head, H, cols, D), EXACT)
         k = _dot(z, _weights(weight_ptr, 1, head, H, cols, D), EXACT)
         v = _dot(z, _weights(weight_ptr, 2, head, H, cols, D), EXACT)
-        logits = _logits(q * interact_scale, k, m, M, EXACT)
+        logits = _logits(q, k, interact_scale, m, M, EXACT)
         a = tl.exp(logits - tl.max(logits, 1)[:, None])
         v_rep = _dot(a / tl.sum(a, 1)[:, None], v, EXACT)
         if RESIDUAL:
             v_rep += z
-        # Rows past M: those of k_rep are 0, but attention gave v_rep some.
-        k_mean = tl.sum(k_rep, 0) / M
-        v_mean = tl.sum(tl.where(m[:, None] < M, v_rep, 0.), 0) / M
-        _put_rows(k_rep_ptr + bh * M * D, D, m, cols, M, D,
-                  k_rep - k_mean[None, :])
-        _put_rows(v_rep_ptr + bh * M * D, D, m, cols, M, D,
-                  v_rep - v_mean[None, :])
-        tl.store(v_mean_ptr + bh * D + cols, v_mean, mask=cols < D)
+        _put_rows(v_rep_ptr + bh * M * D, D, m, cols, M, D, v_rep)
+
+
+@triton.jit
+def _centre(rep_ptr, out_ptr, unit_ptr, cols, M, D, BLOCK_M: tl.constexpr,
+            BLOCK_D: tl.constexpr, BLOCKS: tl.constexpr):
+    """Store one head's centred rows and their unit; returns the mean."""
+    total = tl.zeros([BLOCK_D], tl.float32)
+    for i in range(BLOCKS):
+        m = i * BLOCK_M + tl.arange(0, BLOCK_M)
+        total += tl.sum(_rows(rep_ptr, D, m, cols, M, D), 0)
+    mean = total / M
+    top = tl.zeros([BLOCK_D], tl.float32)
+    for i in range(BLOCKS):
+        m = i * BLOCK_M + tl.arange(0, BLOCK_M)
+        rest = _rows(rep_ptr, D, m, cols, M, D) - mean[None, :]
+        rest = tl.where(m[:, None] < M, tl.abs(rest), 0.)
+        top = tl.maximum(top, tl.max(rest, 0))
+    unit = tl.max(top, 0)
+    unit = tl.where(unit > 0, unit, 1.)
+    for i in range(BLOCKS):
+        m = i * BLOCK_M + tl.arange(0, BLOCK_M)
+        rest = _rows(rep_ptr, D, m, cols, M, D) - mean[None, :]
+        _put_rows(out_ptr, D, m, cols, M, D, rest / unit)
+    tl.store(unit_ptr, unit)
+    return mean
+
+
+@triton.jit
+def centre_kernel(k_rep_ptr, v_rep_ptr, keys_ptr, values_ptr, units_ptr,
+                  v_mean_ptr, M, D, BLOCK_M: tl.constexpr,
+                  BLOCK_D: tl.constexpr, BLOCKS: tl.constexpr):
+    """K_rep and V_rep as Distribute reads them; see ``triton_kernels``.
+
+    Grid (B * h). Writes both less their means over M and over the largest
+    number of what is left, which is a unit (B * h, 2), and V_rep's mean
+    (B * h, d).
+    """
+    bh = tl.program_id(0)
+    cols = tl.arange(0, BLOCK_D)
+    _centre(k_rep_ptr + bh * M * D, keys_ptr + bh * M * D, units_ptr + 2 * bh,
+            cols, M, D, BLOCK_M, BLOCK_D, BLOCKS)
+    mean = _centre(v_rep_ptr + bh * M * D, values_ptr + bh * M * D,
+                   units_ptr + 2 * bh + 1, cols, M, D, BLOCK_M, BLOCK_D,
+                   BLOCKS)
+    tl.store(v_mean_ptr + bh * D + cols, mean, mask=cols < D)
 
 
 @triton.jit
@@ -109,7 +146,7 @@ def interact_backward_kernel(keys_part, values_part, weight_ptr, k_ptr, z_ptr,
     q = _dot(z, w_q, EXACT)
     k = _dot(z, w_k, EXACT)
     v = _dot(z, w_v, EXACT)
-    logits = _logits(q * interact_scale, k, m, M, EXACT)
+    logits = _logits(q, k, interact_scale, m, M, EXACT)
     a = tl.exp(logits - tl.max(logits, 1)[:, None])
     a = a / tl.sum(a, 1)[:, None]
     grad_a = _dot(grad_v_rep, tl.trans(v), EXACT)
@@ -145,8 +182,8 @@ def interact_backward_kernel(keys_part, values_part, weight_ptr, k_ptr, z_ptr,
     grad_z = (grad_z / unit[:, None]).to(dtype).to(tl.float32)
     offset = tl.zeros([BLOCK_M], tl.float32)
     if MEAN:
-        # Of what is stored: what tokens and representatives have in common
-        # must meet the same numbers in both of Gather's terms to cancel.
+        # Of what is stored: to cancel, what tokens and representatives have in
+        # common must meet the same half numbers in both of Gather's terms.
         offset = tl.sum(k_rep * grad_k + z * grad_z, 1)
         offset = tl.where(mass >= MASS_EPS, offset, 0.)
     _put_rows(grad_k_ptr + bh * M * D, D, m, cols, M, D, grad_k)

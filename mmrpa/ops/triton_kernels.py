@@ -1,16 +1,18 @@
 """The Triton kernels of RPAttention that go over the tokens.
 
 Tensors of tokens are (B, N, h, d) with any strides but 1 over d; those of
-representatives are contiguous, (B * h, M, d) in float32. A program works on
+representatives are contiguous, (B * h, M, d) in float32, or in the tokens'
+dtype if they are an operand of products with tokens. A program works on
 one head of one image; ``BLOCK_*`` are powers of two of at least 16, and masks
 cover the rest. Products take their operands in the tokens' dtype and add up in
 float32.
 
-Distribute gets K_rep and V_rep less their means over M. No softmax over M and
-no gradient of one changes by that, and the output gets V_rep's mean again in
-float32: so it is the differences between representatives that are rounded to
-the tokens' dtype. These are means over many tokens, and can differ by less
-than a half number's rounding.
+Distribute gets K_rep and V_rep less their means over M, over the largest
+number of what is left (``triton_interact.centre_kernel``). No softmax over M
+and no gradient of one changes by the mean, and the output gets V_rep's again
+in float32. So it is what tells representatives apart that is rounded to the
+tokens' dtype. These are means over many tokens, and can differ by less than a
+half number's rounding.
 
 M may take several blocks. The softmaxes run over all of them, so a program
 that sums for one block goes over the others once for the softmax's total.
@@ -52,21 +54,33 @@ def _dot(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _scaled_dot(a, b, PRECISION: tl.constexpr):
-    """``_dot`` of float32 a, of which each row is brought to b's range.
+def _into_range(a, dtype: tl.constexpr):
+    """Float32 a in a dtype, and what each row was divided by: 1, or in float16
+    its largest number.
 
-    A routing's gradient is of a sum over a mass, which may be 1e-6 or all
-    tokens: further apart than float16's numbers.
+    A routing's weights of one representative may all be 1e-8, and gradients
+    are of sums over a mass, which may be 1e-6 or all tokens: further apart
+    than float16's numbers, not than bfloat16's.
     """
-    top = tl.max(tl.abs(a), 1)
-    top = tl.where(top > 0, top, 1.)
-    return _dot((a / top[:, None]).to(b.dtype), b, PRECISION) * top[:, None]
+    if dtype == tl.float16:
+        top = tl.max(tl.abs(a), 1)
+        top = tl.where(top > 0, top, 1.)
+        return (a / top[:, None]).to(dtype), top
+    else:
+        return a.to(dtype), tl.full([a.shape[0]], 1., tl.float32)
 
 
 @triton.jit
-def _logits(x, mat, m, M, PRECISION: tl.constexpr):
-    """x mat^T, -inf where there is no such representative."""
-    logits = _dot(x, tl.trans(mat), PRECISION)
+def _scaled_dot(a, b, PRECISION: tl.constexpr):
+    """``_dot`` of a in float32."""
+    a, top = _into_range(a, b.dtype)
+    return _dot(a, b, PRECISION) * top[:, None]
+
+
+@triton.jit
+def _logits(x, mat, scale, m, M, PRECISION: tl.constexpr):
+    """scale * x mat^T, -inf where there is no such representative."""
+    logits = _dot(x, tl.trans(mat), PRECISION) * scale
     return tl.where(m[None, :] < M, logits, float('-inf'))
 
 
@@ -79,8 +93,8 @@ def _softmax_total(x, mat_ptr, scale, cols, M, D, BLOCK_N: tl.constexpr,
     total = tl.zeros([BLOCK_N], tl.float32)
     for i in range(BLOCKS):
         m = i * BLOCK_M + tl.arange(0, BLOCK_M)
-        mat = (_rows(mat_ptr, D, m, cols, M, D) * scale).to(x.dtype)
-        logits = _logits(x, mat, m, M, PRECISION)
+        mat = _rows(mat_ptr, D, m, cols, M, D).to(x.dtype)
+        logits = _logits(x, mat, scale, m, M, PRECISION)
         new = tl.maximum(top, tl.max(logits, 1))
         total = total * tl.exp(top - new) + tl.sum(
             tl.exp(logits - new[:, None]), 1)
@@ -116,7 +130,7 @@ def gather_kernel(k_ptr, v_ptr, anchors_ptr, k_part, z_part, mass_part, k_sb,
         n = start + tl.arange(0, BLOCK_N)
         k = _rows(k_ptr, k_sn, n, cols, N, D)
         v = _rows(v_ptr, v_sn, n, cols, N, D)
-        logits = _logits(k, anchors, m, M, PRECISION)
+        logits = _logits(k, anchors, 1., m, M, PRECISION)
         if BLOCKS == 1:
             top = tl.max(logits, 1)
             p = tl.exp(logits - top[:, None])
@@ -125,12 +139,12 @@ def gather_kernel(k_ptr, v_ptr, anchors_ptr, k_part, z_part, mass_part, k_sb,
             top, total = _softmax_total(k, anchors_ptr, 1., cols, M, D,
                                         BLOCK_N, BLOCK_M, BLOCKS, PRECISION)
             p = tl.exp(logits - top[:, None]) / total[:, None]
-        p = tl.where(n[:, None] < N, p, 0.).to(k.dtype)
-        p_t = tl.trans(p)
-        k_sum += _dot(p_t, k, PRECISION)
-        z_sum += _dot(p_t, v, PRECISION)
+        p = tl.where(n[:, None] < N, p, 0.)
+        p_t, top_p = _into_range(tl.trans(p), k.dtype)
+        k_sum += _dot(p_t, k, PRECISION) * top_p[:, None]
+        z_sum += _dot(p_t, v, PRECISION) * top_p[:, None]
         # Of the rounded weights, so that the mean's weights add up to 1.
-        mass += tl.sum(p.to(tl.float32), 0)
+        mass += tl.sum(p_t.to(tl.float32), 1) * top_p
     part = bh.to(tl.int64) * splits + split
     _put_rows(k_part + part * M * D, D, m, cols, M, D, k_sum)
     _put_rows(z_part + part * M * D, D, m, cols, M, D, z_sum)
@@ -158,32 +172,35 @@ def _tap(ptr, channels, D_mask, tap, TAPS: tl.constexpr):
 
 
 @triton.jit
-def distribute_kernel(q_ptr, k_rep_ptr, v_rep_ptr, v_mean_ptr, v_ptr,
-                      dwc_weight, dwc_bias, out_ptr, q_sb, q_sn, q_sh, v_sb,
-                      v_sn, v_sh, out_sb, out_sn, out_sh, scale, N, M, D, H,
-                      height, width, KERNEL: tl.constexpr, BIAS: tl.constexpr,
+def distribute_kernel(q_ptr, keys_ptr, values_ptr, units_ptr, v_mean_ptr,
+                      v_ptr, dwc_weight, dwc_bias, out_ptr, q_sb, q_sn, q_sh,
+                      v_sb, v_sn, v_sh, out_sb, out_sn, out_sh, scale, N, M, D,
+                      H, height, width, KERNEL: tl.constexpr,
+                      BIAS: tl.constexpr,
                       BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
                       BLOCK_D: tl.constexpr, BLOCKS: tl.constexpr,
                       PRECISION: tl.constexpr):
     """softmax(Q K_rep^T) V_rep, plus the convolution of V if KERNEL.
 
-    Grid (blocks of N, B * h). ``v_mean`` (B * h, d) is what V_rep lacks.
+    Grid (blocks of N, B * h). Keys and values are what ``centre_kernel`` made
+    of K_rep and V_rep.
     """
     bh = tl.program_id(1)
     batch, head = (bh // H).to(tl.int64), bh % H
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = tl.arange(0, BLOCK_D)
     q = _rows(q_ptr + batch * q_sb + head * q_sh, q_sn, n, cols, N, D)
-    k_rep_ptr += bh * M * D
-    v_rep_ptr += bh * M * D
+    keys_ptr += bh * M * D
+    values_ptr += bh * M * D
+    scale *= tl.load(units_ptr + 2 * bh)
     top = tl.full([BLOCK_N], float('-inf'), tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
     out = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for i in range(BLOCKS):
         m = i * BLOCK_M + tl.arange(0, BLOCK_M)
-        keys = (_rows(k_rep_ptr, D, m, cols, M, D) * scale).to(q.dtype)
-        values = _rows(v_rep_ptr, D, m, cols, M, D).to(q.dtype)
-        logits = _logits(q, keys, m, M, PRECISION)
+        keys = _rows(keys_ptr, D, m, cols, M, D)
+        values = _rows(values_ptr, D, m, cols, M, D)
+        logits = _logits(q, keys, scale, m, M, PRECISION)
         new = tl.maximum(top, tl.max(logits, 1))
         s = tl.exp(logits - new[:, None])
         shrink = tl.exp(top - new)
@@ -191,7 +208,8 @@ def distribute_kernel(q_ptr, k_rep_ptr, v_rep_ptr, v_mean_ptr, v_ptr,
         out = out * shrink[:, None] + _dot(s.to(q.dtype), values, PRECISION)
         top = new
     v_mean = tl.load(v_mean_ptr + bh * D + cols, mask=cols < D, other=0.)
-    out = out / total[:, None] + v_mean[None, :]
+    v_unit = tl.load(units_ptr + 2 * bh + 1)
+    out = out * v_unit / total[:, None] + v_mean[None, :]
     if KERNEL > 0:
         num_cls = N - height * width
         v_ptr += batch * v_sb + head * v_sh
@@ -211,16 +229,16 @@ def distribute_kernel(q_ptr, k_rep_ptr, v_rep_ptr, v_mean_ptr, v_ptr,
 
 @triton.jit
 def distribute_backward_kernel(
-        q_ptr, k_rep_ptr, v_rep_ptr, grad_ptr, grad_q_ptr, keys_part,
-        values_part, q_sb, q_sn, q_sh, grad_sb, grad_sn, grad_sh, grad_q_sb,
-        grad_q_sn, grad_q_sh, scale, N, M, D, H, split_tokens,
+        q_ptr, keys_ptr, values_ptr, units_ptr, grad_ptr, grad_q_ptr,
+        keys_part, values_part, q_sb, q_sn, q_sh, grad_sb, grad_sn, grad_sh,
+        grad_q_sb, grad_q_sn, grad_q_sh, scale, N, M, D, H, split_tokens,
         BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
         BLOCKS: tl.constexpr, PRECISION: tl.constexpr):
     """The gradient of Q, and one split's part of those of K_rep and V_rep.
 
-    Grid (splits, B * h, blocks of M). K_rep and V_rep are less their means, as
-    in ``distribute_kernel``. ``keys_part`` is of scale * K_rep. The programs
-    of the first block of M write the gradient of Q.
+    Grid (splits, B * h, blocks of M). Keys and values are those of
+    ``distribute_kernel``; ``keys_part`` is of scale * K_rep. The programs of
+    the first block of M write the gradient of Q.
     """
     split, splits = tl.program_id(0), tl.num_programs(0)
     bh, block = tl.program_id(1), tl.program_id(2)
@@ -228,13 +246,15 @@ def distribute_backward_kernel(
     q_ptr += batch * q_sb + head * q_sh
     grad_ptr += batch * grad_sb + head * grad_sh
     grad_q_ptr += batch * grad_q_sb + head * grad_q_sh
-    k_rep_ptr += bh * M * D
-    v_rep_ptr += bh * M * D
+    keys_ptr += bh * M * D
+    values_ptr += bh * M * D
+    scale *= tl.load(units_ptr + 2 * bh)
+    v_unit = tl.load(units_ptr + 2 * bh + 1)
     cols = tl.arange(0, BLOCK_D)
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)
     dtype = q_ptr.dtype.element_ty
-    keys = (_rows(k_rep_ptr, D, m, cols, M, D) * scale).to(dtype)
-    values = _rows(v_rep_ptr, D, m, cols, M, D).to(dtype)
+    keys = _rows(keys_ptr, D, m, cols, M, D)
+    values = _rows(values_ptr, D, m, cols, M, D)
     keys_sum = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     values_sum = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     first = split * split_tokens
@@ -243,44 +263,42 @@ def distribute_backward_kernel(
         q = _rows(q_ptr, q_sn, n, cols, N, D)
         # Rows past the end are zeros here, so they add nothing below.
         grad = _rows(grad_ptr, grad_sn, n, cols, N, D)
-        logits = _logits(q, keys, m, M, PRECISION)
-        grad_s = _dot(grad, tl.trans(values), PRECISION)
+        logits = _logits(q, keys, scale, m, M, PRECISION)
+        grad_s = _dot(grad, tl.trans(values), PRECISION) * v_unit
         if BLOCKS == 1:
             s = tl.exp(logits - tl.max(logits, 1)[:, None])
             s = s / tl.sum(s, 1)[:, None]
             mean = tl.sum(s * grad_s, 1)
         else:
-            top, total = _softmax_total(q, k_rep_ptr, scale, cols, M, D,
+            top, total = _softmax_total(q, keys_ptr, scale, cols, M, D,
                                         BLOCK_N, BLOCK_M, BLOCKS, PRECISION)
             s = tl.exp(logits - top[:, None]) / total[:, None]
             mean = tl.zeros([BLOCK_N], tl.float32)
             for i in range(BLOCKS):
                 other = i * BLOCK_M + tl.arange(0, BLOCK_M)
-                k_i = (_rows(k_rep_ptr, D, other, cols, M, D) *
-                       scale).to(dtype)
-                v_i = _rows(v_rep_ptr, D, other, cols, M, D).to(dtype)
-                s_i = tl.exp(_logits(q, k_i, other, M, PRECISION) -
+                k_i = _rows(keys_ptr, D, other, cols, M, D)
+                v_i = _rows(values_ptr, D, other, cols, M, D)
+                s_i = tl.exp(_logits(q, k_i, scale, other, M, PRECISION) -
                              top[:, None])
                 mean += tl.sum(
                     s_i * _dot(grad, tl.trans(v_i), PRECISION), 1)
-            mean = mean / total
-        grad_logits = (s * (grad_s - mean[:, None])).to(dtype)
-        keys_sum += _dot(tl.trans(grad_logits), q, PRECISION)
+            mean = mean * v_unit / total
+        grad_logits = s * (grad_s - mean[:, None])
+        keys_sum += _scaled_dot(tl.trans(grad_logits), q, PRECISION)
         values_sum += _dot(tl.trans(s.to(dtype)), grad, PRECISION)
         if block == 0:
-            grad_q = _dot(grad_logits, keys, PRECISION)
+            grad_q = _scaled_dot(grad_logits, keys, PRECISION)
             if BLOCKS > 1:
                 for i in range(1, BLOCKS):
                     other = i * BLOCK_M + tl.arange(0, BLOCK_M)
-                    k_i = (_rows(k_rep_ptr, D, other, cols, M, D) *
-                           scale).to(dtype)
-                    v_i = _rows(v_rep_ptr, D, other, cols, M, D).to(dtype)
-                    s_i = tl.exp(_logits(q, k_i, other, M, PRECISION) -
+                    k_i = _rows(keys_ptr, D, other, cols, M, D)
+                    v_i = _rows(values_ptr, D, other, cols, M, D)
+                    s_i = tl.exp(_logits(q, k_i, scale, other, M, PRECISION) -
                                  top[:, None]) / total[:, None]
-                    grad_s_i = _dot(grad, tl.trans(v_i), PRECISION)
+                    grad_s_i = _dot(grad, tl.trans(v_i), PRECISION) * v_unit
                     grad_logits_i = s_i * (grad_s_i - mean[:, None])
-                    grad_q += _dot(grad_logits_i.to(dtype), k_i, PRECISION)
-            _put_rows(grad_q_ptr, grad_q_sn, n, cols, N, D, grad_q)
+                    grad_q += _scaled_dot(grad_logits_i, k_i, PRECISION)
+            _put_rows(grad_q_ptr, grad_q_sn, n, cols, N, D, grad_q * scale)
     part = bh.to(tl.int64) * splits + split
     _put_rows(keys_part + part * M * D, D, m, cols, M, D, keys_sum)
     _put_rows(values_part + part * M * D, D, m, cols, M, D, values_sum)
@@ -322,8 +340,8 @@ def gather_backward_kernel(
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)
     dtype = k_ptr.dtype.element_ty
     anchors = _rows(anchors_ptr, D, m, cols, M, D).to(dtype)
-    g_k = _rows(g_k_ptr, D, m, cols, M, D).to(dtype)
-    g_z = _rows(g_z_ptr, D, m, cols, M, D).to(dtype)
+    g_k = _rows(g_k_ptr, D, m, cols, M, D)
+    g_z = _rows(g_z_ptr, D, m, cols, M, D)
     offset = tl.load(offset_ptr + m, mask=m < M, other=0.)
     unit = tl.load(unit_ptr + m, mask=m < M, other=0.)
     anchors_sum = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -336,7 +354,7 @@ def gather_backward_kernel(
         n = start + tl.arange(0, BLOCK_N)
         k = _rows(k_ptr, k_sn, n, cols, N, D)
         v = _rows(v_ptr, v_sn, n, cols, N, D)
-        logits = _logits(k, anchors, m, M, PRECISION)
+        logits = _logits(k, anchors, 1., m, M, PRECISION)
         grad_p = _dot(k, tl.trans(g_k), PRECISION)
         grad_p += _dot(v, tl.trans(g_z), PRECISION)
         grad_p = (grad_p - offset[None, :]) * unit[None, :]
@@ -352,7 +370,7 @@ def gather_backward_kernel(
             for i in range(BLOCKS):
                 other = i * BLOCK_M + tl.arange(0, BLOCK_M)
                 a_i = _rows(anchors_ptr, D, other, cols, M, D).to(dtype)
-                p_i = tl.exp(_logits(k, a_i, other, M, PRECISION) -
+                p_i = tl.exp(_logits(k, a_i, 1., other, M, PRECISION) -
                              top[:, None])
                 mean += tl.sum(
                     p_i * _grad_p(k, v, g_k_ptr, g_z_ptr, offset_ptr, unit_ptr,
@@ -371,7 +389,7 @@ def gather_backward_kernel(
                 for i in range(1, BLOCKS):
                     other = i * BLOCK_M + tl.arange(0, BLOCK_M)
                     a_i = _rows(anchors_ptr, D, other, cols, M, D).to(dtype)
-                    p_i = tl.exp(_logits(k, a_i, other, M, PRECISION) -
+                    p_i = tl.exp(_logits(k, a_i, 1., other, M, PRECISION) -
                                  top[:, None]) / total[:, None]
                     grad_p_i = _grad_p(k, v, g_k_ptr, g_z_ptr, offset_ptr,
                                        unit_ptr, other, cols, M, D, PRECISION)
@@ -379,8 +397,8 @@ def gather_backward_kernel(
                     unit_i = tl.load(
                         unit_ptr + other, mask=other < M, other=0.)
                     weight_i = p_i * unit_i[None, :]
-                    g_k_i = _rows(g_k_ptr, D, other, cols, M, D).to(dtype)
-                    g_z_i = _rows(g_z_ptr, D, other, cols, M, D).to(dtype)
+                    g_k_i = _rows(g_k_ptr, D, other, cols, M, D)
+                    g_z_i = _rows(g_z_ptr, D, other, cols, M, D)
                     grad_k += _scaled_dot(weight_i, g_k_i, PRECISION)
                     grad_k += _scaled_dot(grad_logits_i, a_i, PRECISION)
                     grad_v += _scaled_dot(weight_i, g_z_i, PRECISION)
@@ -415,8 +433,8 @@ def gather_backward_kernel(
 def _grad_p(k, v, g_k_ptr, g_z_ptr, offset_ptr, unit_ptr, m, cols, M, D,
             PRECISION: tl.constexpr):
     """The routing's gradient for one block of M; see gather_backward."""
-    g_k = _rows(g_k_ptr, D, m, cols, M, D).to(k.dtype)
-    g_z = _rows(g_z_ptr, D, m, cols, M, D).to(k.dtype)
+    g_k = _rows(g_k_ptr, D, m, cols, M, D)
+    g_z = _rows(g_z_ptr, D, m, cols, M, D)
     grad_p = _dot(k, tl.trans(g_k), PRECISION)
     grad_p += _dot(v, tl.trans(g_z), PRECISION)
     grad_p -= tl.load(offset_ptr + m, mask=m < M, other=0.)[None, :]

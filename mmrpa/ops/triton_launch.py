@@ -154,25 +154,20 @@ def forward(
     batch, num_tokens, heads, dims = q.shape
     m = anchors.shape[1]
     tile = tiles(q, m)
-    reps, attended = _gather(k, v, anchors, weight, proj, options, tile)
+    reps, v_rep = _gather(k, v, anchors, weight, proj, options, tile)
     size, dwc_weight_, dwc_bias_ = _convolution(dwc_weight, dwc_bias, v)
     grid = (triton.cdiv(num_tokens, tile.block_n), batch * heads)
     kernels.distribute_kernel[grid](
-        q, *attended, v, dwc_weight_, dwc_bias_, out,
-        *_strides(q, v, out), options.scale, num_tokens, m, dims, heads,
+        q, *_centre(reps.k, v_rep, tile, q.dtype), v, dwc_weight_, dwc_bias_,
+        out, *_strides(q, v, out), options.scale, num_tokens, m, dims, heads,
         *hw_shape, KERNEL=size, BIAS=dwc_bias is not None, **tile.constants)
     return out, reps
 
 
 def _gather(k: Tensor, v: Tensor, anchors: Tensor, weight: Tensor,
             proj: Optional[Tensor], options: Options,
-            tile: Tiles) -> Tuple[Representatives, Tuple[Tensor, ...]]:
-    """Gather and Interact.
-
-    Returns:
-        tuple: The representatives, and what Distribute reads: K_rep and V_rep
-        less their means over M (B, h, M, d), and V_rep's mean (B, h, 1, d).
-    """
+            tile: Tiles) -> Tuple[Representatives, Tensor]:
+    """Gather and Interact: the representatives, and V_rep."""
     batch, num_tokens, heads, dims = k.shape
     m = anchors.shape[1]
     inside = _interacts(weight, proj, m)
@@ -187,23 +182,33 @@ def _gather(k: Tensor, v: Tensor, anchors: Tensor, weight: Tensor,
         k, v, anchors, *parts, *_strides(k, v), _anchor_stride(anchors),
         num_tokens, m, dims, heads, tile.split_tokens, **tile.constants)
     reps = Representatives(empty(m, dims), empty(m, dims), empty(m))
-    attended = ((empty(m, dims), empty(m, dims), empty(1, dims)) if inside else
-                (reps.k, reps.z, reps.z))  # which the kernel leaves alone
+    v_rep = empty(m, dims) if inside else reps.z
     triton_interact.finish_kernel[batch * heads, triton.cdiv(m, block_m)](
-        *parts, weight, *reps, *attended, tile.splits, m, dims, heads,
-        dims**-0.5, MEAN=options.reduction == 'mean', INTERACT=inside,
+        *parts, weight, *reps, v_rep, tile.splits, m, dims, heads, dims**-0.5,
+        MEAN=options.reduction == 'mean', INTERACT=inside,
         RESIDUAL=options.residual, BLOCK_M=block_m, BLOCK_D=tile.block_d)
     if not inside:
-        v_rep, v_mean = _centred(
-            interact(reps.z, weight, proj, options.residual))
-        attended = _centred(reps.k)[0], v_rep, v_mean
-    return reps, attended
+        v_rep = interact(reps.z, weight, proj, options.residual).contiguous()
+    return reps, v_rep
 
 
-def _centred(reps: Tensor) -> Tuple[Tensor, Tensor]:
-    """(B, h, M, d) less its mean over M, contiguous, and that mean."""
-    mean = reps.mean(2, keepdim=True)
-    return (reps - mean).contiguous(), mean.contiguous()
+def _centre(k_rep: Tensor, v_rep: Tensor, tile: Tiles,
+            dtype: torch.dtype) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What Distribute reads of contiguous (B, h, M, d).
+
+    Returns:
+        tuple: Keys and values (B, h, M, d) in ``dtype``, their units
+        (B, h, 2), and V_rep's mean (B, h, d).
+    """
+    batch, heads, m, dims = k_rep.shape
+    out = (torch.empty_like(k_rep, dtype=dtype),
+           torch.empty_like(v_rep, dtype=dtype),
+           k_rep.new_empty(batch, heads, 2),
+           k_rep.new_empty(batch, heads, dims))
+    triton_interact.centre_kernel[(batch * heads, )](
+        k_rep, v_rep, *out, m, dims, BLOCK_M=tile.block_m,
+        BLOCK_D=tile.block_d, BLOCKS=tile.blocks)
+    return out
 
 
 def backward(
@@ -229,12 +234,13 @@ def backward(
         return anchors.new_empty(batch, heads, *shape)
 
     done = fused.interact(reps.z, weight, proj, options.residual)
+    *attended, _ = _centre(reps.k, done.v_rep.contiguous(), tile, q.dtype)
     parts = empty(tile.splits, m, dims), empty(tile.splits, m, dims)
     grid = (tile.splits, batch * heads, tile.blocks)
     kernels.distribute_backward_kernel[grid](
-        q, _centred(reps.k)[0], _centred(done.v_rep)[0], grad_out, grad_q,
-        *parts, *_strides(q, grad_out, grad_q), options.scale, num_tokens, m,
-        dims, heads, tile.split_tokens, **tile.constants)
+        q, *attended, grad_out, grad_q, *parts,
+        *_strides(q, grad_out, grad_q), options.scale, num_tokens, m, dims,
+        heads, tile.split_tokens, **tile.constants)
     routed, grad_weight, grad_proj = _interact_backward(
         parts, weight, proj, options, reps, done, tile, k.dtype)
 

@@ -18,11 +18,13 @@ from mmrpa.ops import triton_interact, triton_kernels, triton_launch
 # What each kernel gets in the dtype of the tokens.
 TOKENS = dict(
     gather_kernel=('k_ptr', 'v_ptr'),
-    distribute_kernel=('q_ptr', 'v_ptr', 'out_ptr'),
-    distribute_backward_kernel=('q_ptr', 'grad_ptr', 'grad_q_ptr'),
+    distribute_kernel=('q_ptr', 'keys_ptr', 'values_ptr', 'v_ptr', 'out_ptr'),
+    distribute_backward_kernel=('q_ptr', 'keys_ptr', 'values_ptr', 'grad_ptr',
+                                'grad_q_ptr'),
     gather_backward_kernel=('k_ptr', 'v_ptr', 'grad_ptr', 'grad_k_ptr',
                             'grad_v_ptr', 'g_k_ptr', 'g_z_ptr'),
     finish_kernel=(),
+    centre_kernel=('keys_ptr', 'values_ptr'),
     interact_backward_kernel=('grad_k_ptr', 'grad_z_ptr'))
 NAMES = dict(float32='fp32', bfloat16='bf16', float16='fp16')
 
@@ -41,8 +43,9 @@ def compile_kernel(name, dtype, dims, m, capability):
     options = dict(num_warps=8, num_stages=stages)
     blocks = triton.cdiv(m, block_m)
     if not on_tokens:
-        options, block_m = {}, max(16, triton.next_power_of_2(
-            m)) if inside else block_m
+        options = {}
+        if inside and name != 'centre_kernel':
+            block_m = max(16, triton.next_power_of_2(m))
     constants = dict(
         BLOCK_N=block_n, BLOCK_M=block_m, BLOCK_D=block_d, BLOCKS=blocks,
         PRECISION='tf32x3' if dtype == 'float32' else 'tf32', KERNEL=3,
