@@ -65,7 +65,7 @@ def finish_kernel(k_part, z_part, mass_part, weight_ptr, k_ptr, z_ptr,
         q = _dot(z, _weights(weight_ptr, 0, head, H, cols, D), EXACT)
         k = _dot(z, _weights(weight_ptr, 1, head, H, cols, D), EXACT)
         v = _dot(z, _weights(weight_ptr, 2, head, H, cols, D), EXACT)
-        logits = _logits(q, k, interact_scale, m, M, EXACT)
+        logits = _logits(q * interact_scale, k, 1., m, M, EXACT)
         a = tl.exp(logits - tl.max(logits, 1)[:, None])
         v_rep = _dot(a / tl.sum(a, 1)[:, None], v, EXACT)
         if RESIDUAL:
@@ -146,7 +146,8 @@ def interact_backward_kernel(keys_part, values_part, weight_ptr, k_ptr, z_ptr,
     q = _dot(z, w_q, EXACT)
     k = _dot(z, w_k, EXACT)
     v = _dot(z, w_v, EXACT)
-    logits = _logits(q, k, interact_scale, m, M, EXACT)
+    # Scaled before: q itself, an operand below, would take shared memory twice.
+    logits = _logits(q * interact_scale, k, 1., m, M, EXACT)
     a = tl.exp(logits - tl.max(logits, 1)[:, None])
     a = a / tl.sum(a, 1)[:, None]
     grad_a = _dot(grad_v_rep, tl.trans(v), EXACT)
