@@ -149,16 +149,18 @@ def compare(tensors, grad, dtype, impls, hw_shape, listed=None, floor=1e-2,
 
 
 def rounded_representatives(dtype):
-    """Let the naive operator round scale * K_rep and V_rep as Triton's kernels
-    do: what is left of them without their means over M, forward."""
+    """Let the naive operator round K_rep and V_rep as Triton's kernels do,
+    forward: less their means over M, over the largest number of the rest."""
     distribute = naive.distribute
 
     def as_theirs(reps):
         rest = reps - reps.mean(-2, keepdim=True)
-        return reps + (rest.to(dtype).to(rest.dtype) - rest).detach()
+        unit = rest.abs().amax((-2, -1), keepdim=True)
+        held = unit * (rest / unit).to(dtype).to(rest.dtype)
+        return reps + (held - rest).detach()
 
     def rounded(q, k_rep, v_rep, scale):
-        return distribute(q, as_theirs(scale * k_rep), as_theirs(v_rep), 1.)
+        return distribute(q, as_theirs(k_rep), as_theirs(v_rep), scale)
 
     return patch.object(naive, 'distribute', rounded)
 

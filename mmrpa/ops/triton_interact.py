@@ -146,7 +146,7 @@ def interact_backward_kernel(keys_part, values_part, weight_ptr, k_ptr, z_ptr,
     q = _dot(z, w_q, EXACT)
     k = _dot(z, w_k, EXACT)
     v = _dot(z, w_v, EXACT)
-    # Scaled before: q itself, an operand below, would take shared memory twice.
+    # Scaled before: q itself, an operand below, would take more shared memory.
     logits = _logits(q * interact_scale, k, 1., m, M, EXACT)
     a = tl.exp(logits - tl.max(logits, 1)[:, None])
     a = a / tl.sum(a, 1)[:, None]
