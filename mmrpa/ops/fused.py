@@ -155,14 +155,20 @@ def gather(k: Tensor, v: Tensor, anchors: Tensor, routing: str,
 
 def mean_backward(reps: Representatives, grad_k_rep: Tensor,
                   grad_z: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the sums K and Z, (B, h, M, d), and minus the mass's.
-
-    The last, (B, h, M), is 0 where the mass is clamped, and so a constant.
-    """
+    """Gradients of the sums K and Z, (B, h, M, d), and minus the mass's."""
     divisor = reps.mass.clamp(min=MASS_EPS).unsqueeze(-1)
     grad_k, grad_z = grad_k_rep / divisor, grad_z / divisor
+    return grad_k, grad_z, mass_backward(reps, grad_k, grad_z)
+
+
+def mass_backward(reps: Representatives, grad_k: Tensor,
+                  grad_z: Tensor) -> Tensor:
+    """Minus the mass's gradient, (B, h, M), from those of the sums.
+
+    It is 0 where the mass is clamped, and so a constant.
+    """
     dot = (reps.k * grad_k + reps.z * grad_z).sum(-1)
-    return grad_k, grad_z, dot * (reps.mass >= MASS_EPS)
+    return dot * (reps.mass >= MASS_EPS)
 
 
 def gather_backward(k: Tensor, v: Tensor, anchors: Tensor,

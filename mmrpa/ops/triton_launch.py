@@ -303,7 +303,6 @@ def _interact_backward(
                       for g in (grad_k, grad_z))
     offset = torch.zeros_like(reps.mass)
     if mean:
-        # See the kernel.
-        offset = (reps.k * grad_k + reps.z * grad_z).sum(-1) * (
-            reps.mass >= MASS_EPS)
+        # Of what is rounded, as in the kernel.
+        offset = fused.mass_backward(reps, grad_k, grad_z)
     return (grad_k, grad_z, offset, unit), grad_weight, grad_proj
